@@ -1,0 +1,6 @@
+"""Callbacks: what is kept and watched while a Trainer runs."""
+
+from exactivations.callbacks.activation_writer import ActivationWriter
+from exactivations.callbacks.token_progress import TokenProgress
+
+__all__ = ["ActivationWriter", "TokenProgress"]

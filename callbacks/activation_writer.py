@@ -1,0 +1,264 @@
+"""ActivationWriter: keeps what an ActivationExtractor computes, shard by shard, as the plan says."""
+
+import os
+import queue
+import threading
+import uuid
+import warnings
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import BasePredictionWriter
+
+from exactivations.callbacks.host_copy import HostCopier, HostCopy
+from exactivations.datamodules.plan import Plan
+from exactivations.datamodules.text import TextDataModule
+from exactivations.lit_modules.extraction import ActivationExtractor
+from exactivations.lit_modules.language_model import resolve_model
+from exactivations.store.batches import ActivationBatch, ActivationSpec
+from exactivations.store.errors import ExactivationsError, InvalidInputError, StoreError
+from exactivations.store.lock import RunLock
+from exactivations.store.run_folder import ENVIRONMENT_FIELDS, RunFolder, RunInfo
+from exactivations.store.shard import ShardBuffer, write_shard
+
+QUEUED_BATCHES = 4  # enough that neither side waits for the other's jitter; few enough that host memory stays small
+
+
+class ActivationWriter(BasePredictionWriter):
+    """Writes a run folder while the Trainer predicts; a run that stopped goes on where it was.
+
+    Shards that are there already are left out of the plan before the first batch is computed. Copies to the host and writing
+    run beside the computation, in one thread; when that falls behind, the computation waits. An error in the thread stops
+    the run. A shard appears under its name whole or not at all.
+
+    Works with a `TextDataModule` (the plan) and an `ActivationExtractor`, on any number of ranks, whose folders may be one
+    shared folder or one on each node, to be merged by copying.
+
+    Args:
+        folder: The run folder.
+        overwrite: Remove the run that is there and start anew.
+        allow_changed: Fields of the environment (torch, transformers, device_type, cpu_threads) that may differ from the run
+            that is there; the change is recorded.
+
+    Raises:
+        IdentityError, LockedRunError, StoreError: In `setup`, if the folder cannot take this run.
+    """
+
+    def __init__(self, folder: str | Path, *, overwrite: bool = False, allow_changed: tuple[str, ...] = ()) -> None:
+        super().__init__(write_interval="batch")
+        unknown = set(allow_changed) - ENVIRONMENT_FIELDS
+        if unknown:
+            raise InvalidInputError(
+                f"only {', '.join(sorted(ENVIRONMENT_FIELDS))} may change within a run, not {', '.join(sorted(unknown))}"
+            )
+        self.folder = RunFolder(folder)
+        self.overwrite, self.allow_changed = overwrite, frozenset(allow_changed)
+        self.info: RunInfo | None = None
+        self._lock: RunLock | None = None
+        self._thread: WriterThread | None = None
+        self._parent = 0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Takes the folder, checks that it holds this run or none, and tells the data module which shards are there.
+
+        Every rank gets to the exchange of what was found, also one that failed; then all fail together.
+        """
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(pl_module, ActivationExtractor) or not isinstance(data, TextDataModule):
+            raise InvalidInputError(
+                "ActivationWriter works with an ActivationExtractor and a TextDataModule, "
+                f"got {type(pl_module).__name__} and {type(data).__name__}"
+            )
+        run_id = trainer.strategy.broadcast(uuid.uuid4().hex)
+        published: set[int] = set()
+        failure: ExactivationsError | None = None
+        try:
+            published = self._take_folder(pl_module, data, run_id)
+        except ExactivationsError as error:
+            failure = error
+        outcomes = _gather((published, failure))
+        first_failure = next((error for _, error in outcomes if error is not None), None)
+        if first_failure is not None:
+            self._release()
+            first_failure.known_to_all_ranks = True
+            raise first_failure
+        data.skip_shards = frozenset().union(*(found for found, _ in outcomes))
+        self._parent = os.getppid()
+        # Lightning looks for a batch sampler to infer sample indices from, and warns that there is none. Ours are in the batch.
+        warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
+
+    def _take_folder(self, extractor: ActivationExtractor, data: TextDataModule, run_id: str) -> set[int]:
+        extractor.load(extractor.device)
+        extractor.check_fits(data)
+        specs = extractor.specs()
+        info = run_info(extractor, data, specs)
+        self._lock = RunLock(self.folder.path, run_id)
+        self._lock.acquire(
+            lambda: self.folder.prepare(info, data.samples, overwrite=self.overwrite, allow_changed=self.allow_changed)
+        )
+        self.info = self.folder.read_info()
+        return self.folder.published(self.info)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the thread that writes."""
+        assert isinstance(pl_module, ActivationExtractor) and self.info is not None
+        data: TextDataModule = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.predict
+        self._copier = HostCopier(pl_module.load(pl_module.device).device, QUEUED_BATCHES)
+        self._thread = WriterThread(self.folder, self.info, data.plan, pl_module.specs())
+
+    def write_on_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        prediction: ActivationBatch,
+        batch_indices: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Hands a batch over; waits when the queue is full, raises when the thread has failed."""
+        assert self._thread is not None
+        if trainer.local_rank and os.getppid() != self._parent and not _launched_from_outside(trainer):
+            raise StoreError(f"rank {trainer.global_rank}: the process that started this one is gone; stopping with it")
+        self._thread.put(self._copier.start(prediction, self._thread.check))
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Waits until everything that was handed over is on the disk."""
+        if self._thread is not None:
+            self._thread.finish()
+            self._thread = None
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Waits for the other ranks: when `predict` returns, every rank has written all that it had."""
+        trainer.strategy.barrier("activations_written")
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Stops the thread. What was published stays; a shard that is not full is not published."""
+        if self._thread is not None:
+            self._thread.abandon()
+            self._thread = None
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+
+def run_info(extractor: ActivationExtractor, data: TextDataModule, specs: dict[str, ActivationSpec]) -> RunInfo:
+    """Returns the content of run.json for a run of this extractor over this data."""
+    packages = ("exactivations", "torch", "transformers", "lightning", "datasets", "safetensors", "numpy")
+    return RunInfo(
+        identity={**extractor.identity(), **data.identity()},
+        about={
+            "model": extractor.model_name,
+            "revision": getattr(extractor.load(extractor.device).model.config, "_commit_hash", None) or extractor.options.revision,
+            "tokenizer": "demo" if data.tokenizer.name_or_path == resolve_model("demo") else data.tokenizer.name_or_path,
+            "dataset": str(data.source) if isinstance(data.source, str | Path) else type(data.source).__name__,
+            "split": data.split,
+            "text_column": data.text.column,
+            "n_truncated": int(data.tokens.truncated.sum()),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": {name: version(name) for name in packages},
+        },
+        n_shards=data.plan.n_shards,
+        n_samples=len(data.tokens),
+        n_tokens=int(data.plan.lengths.sum()),
+        n_computed_tokens=int(data.plan.batch_tokens.sum()),
+        activations={name: {**asdict(spec), "dtype": str(spec.dtype).removeprefix("torch.")} for name, spec in specs.items()},
+        skipped=data.tokens.skipped,
+    )
+
+
+class WriterThread:
+    """Puts batches into their shards and publishes each shard when it is full. One thread, a bounded queue."""
+
+    def __init__(self, folder: RunFolder, info: RunInfo, plan: Plan, specs: dict[str, ActivationSpec]) -> None:
+        self._folder, self._info, self._plan, self._specs = folder, info, plan, specs
+        self._queue: queue.Queue[HostCopy | None] = queue.Queue(maxsize=QUEUED_BATCHES)
+        self._buffers: dict[int, ShardBuffer] = {}
+        self._error: BaseException | None = None
+        self._abandoned = False
+        self._thread = threading.Thread(target=self._run, name="activation-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, copy: HostCopy | None) -> None:
+        """Hands over a batch; blocks while the queue is full."""
+        while True:
+            self.check()
+            try:
+                return self._queue.put(copy, timeout=0.5)
+            except queue.Full:
+                continue
+
+    def check(self) -> None:
+        """Raises what went wrong in the thread, if anything did."""
+        if isinstance(self._error, ExactivationsError):
+            raise self._error
+        if self._error is not None:
+            raise StoreError(f"the writer failed: {type(self._error).__name__}: {self._error}") from self._error
+
+    def finish(self) -> None:
+        """Waits until all is written.
+
+        Raises:
+            StoreError: If writing failed, or a shard was begun and never filled.
+        """
+        self.put(None)
+        self._thread.join()
+        self.check()
+        if self._buffers:
+            raise StoreError(
+                f"shards {sorted(self._buffers)} were not filled: batches of theirs are missing; they are not published"
+            )
+
+    def abandon(self) -> None:
+        """Ends the thread soon, without raising and without publishing what is not full."""
+        self._abandoned = True
+        self._thread.join(timeout=60)
+
+    def _run(self) -> None:
+        try:
+            while not self._abandoned:
+                try:
+                    copy = self._queue.get(timeout=0.2)
+                except queue.Empty:
+                    continue
+                if copy is None:
+                    return
+                self._take(copy)
+        except BaseException as error:  # handed to the main thread, which raises it
+            self._error = error
+
+    def _take(self, copy: HostCopy) -> None:
+        assert copy.batch.place is not None
+        shard = copy.batch.place.shard
+        if shard not in self._buffers:
+            self._buffers[shard] = ShardBuffer(*self._plan.shard_size(shard), self._specs)
+        copy.wait()
+        self._buffers[shard].put(copy.batch)
+        copy.release()
+        if self._buffers[shard].is_full:
+            full = self._buffers.pop(shard)
+            write_shard(self._folder.shard_path(shard), full.tensors, {"shard": shard, "fingerprint": self._info.fingerprint})
+
+
+def _gather(value: Any) -> list[Any]:
+    """Returns every rank's value, in rank order."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _launched_from_outside(trainer: pl.Trainer) -> bool:
+    """Whether torchrun, SLURM or the like started the ranks, and not Lightning's rank 0."""
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return environment is None or bool(environment.creates_processes_externally)

@@ -1,0 +1,202 @@
+"""TextDataModule: texts in, planned batches of whole samples out."""
+
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lightning.pytorch as pl
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from exactivations.datamodules.plan import Plan, PlanOptions, plan
+from exactivations.datamodules.sources import load_source
+from exactivations.datamodules.tokenization import TextOptions, TokenTable, tokenize, tokenizer_hash
+from exactivations.store.batches import Place, TokenBatch
+from exactivations.store.errors import InvalidInputError
+from exactivations.store.run_folder import OWN_COLUMNS
+
+
+class TextDataModule(pl.LightningDataModule):
+    """Tokenizes a dataset once, plans it, and yields this rank's part of the plan as whole `TokenBatch`es.
+
+    The items of its DataLoader *are* batches (`batch_size=None`), so Lightning has nothing to sample, rebuild or shard:
+    use `Trainer(use_distributed_sampler=False)`. Ranks get different numbers of batches, some of them none.
+
+    Args:
+        source: See `load_source`: "demo", a hub id, a file, a folder, a list of texts, or a `datasets.Dataset`.
+        tokenizer: A tokenizer, or the name that `AutoTokenizer` loads it by.
+        config: Configuration of a hub dataset.
+        split: For example "train[:1000]".
+        keep_columns: Columns of the dataset that go into samples.parquet; None keeps all.
+        num_samples: Take only so many samples: the first ones, or with `sample_seed` a random choice (in dataset order, under
+            their own indices).
+        sample_seed: Seed of that choice.
+        text: How rows become tokens.
+        plan_options: How samples are put into batches and shards.
+        tokenizer_processes: Processes for a slow tokenizer; fast ones use all cores by themselves.
+        num_workers: DataLoader workers. None pays in ordinary use: a batch is a copy from a memory map.
+
+    Raises:
+        InvalidInputError: In `setup`, for anything about the dataset or options that cannot be used as asked.
+    """
+
+    # A rank without batches is ordinary here (fewer shards than ranks), and every rank still reaches every collective.
+    allow_zero_length_dataloader_with_multiple_devices = True
+
+    def __init__(
+        self,
+        source: str | Path | list[str] | datasets.Dataset,
+        tokenizer: str | PreTrainedTokenizerBase,
+        *,
+        config: str | None = None,
+        split: str | None = None,
+        keep_columns: list[str] | None = None,
+        num_samples: int | None = None,
+        sample_seed: int | None = None,
+        text: TextOptions | None = None,
+        plan_options: PlanOptions | None = None,
+        tokenizer_processes: int | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.source, self.config, self.split = source, config, split
+        self.keep_columns, self.num_samples, self.sample_seed = keep_columns, num_samples, sample_seed
+        self.text, self.plan_options = text or TextOptions(), plan_options or PlanOptions()
+        self.tokenizer_processes, self.num_workers = tokenizer_processes, num_workers
+        self.skip_shards: frozenset[int] = frozenset()
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when it is first needed."""
+        if isinstance(self._tokenizer, str):
+            loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._tokenizer)
+            return loaded
+        return self._tokenizer
+
+    def prepare_data(self) -> None:
+        """Tokenizes into the cache, on one process of each node; the others then find it there."""
+        self.setup()
+
+    def setup(self, stage: str = "predict") -> None:
+        """Loads, tokenizes (from the cache if it was done before) and plans. Doing it twice costs nothing."""
+        _ = self.samples
+
+    @cached_property
+    def full_dataset(self) -> datasets.Dataset:
+        """The dataset as given: sample indices are positions in it."""
+        full = load_source(self.source, self.config, self.split, self.text.text_column)
+        if not len(full):
+            raise InvalidInputError("the dataset has no samples")
+        return full
+
+    @cached_property
+    def selected(self) -> npt.NDArray[np.int64]:
+        """int64 [n], the indices of the samples that were asked for, ascending."""
+        n = len(self.full_dataset)
+        if self.num_samples is None:
+            return np.arange(n)
+        if not 1 <= self.num_samples <= n:
+            raise InvalidInputError(f"{self.num_samples} samples were asked for, the dataset has {n}")
+        if self.sample_seed is None:
+            return np.arange(self.num_samples)
+        return np.sort(np.random.default_rng(self.sample_seed).choice(n, self.num_samples, replace=False))
+
+    @cached_property
+    def tokens(self) -> TokenTable:
+        """The tokens of all samples."""
+        dataset = self.full_dataset if self.num_samples is None else self.full_dataset.select(self.selected)
+        return tokenize(dataset, self.selected, self.tokenizer, self.text, self.tokenizer_processes)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The plan of all samples, the same on every rank."""
+        return plan(self.tokens.n_tokens, self.plan_options)
+
+    @cached_property
+    def samples(self) -> pa.Table:
+        """The table of all samples in dataset order: the content of samples.parquet."""
+        available = self.full_dataset.column_names
+        columns = available if self.keep_columns is None else self.keep_columns
+        for name in columns:
+            if name not in available:
+                raise InvalidInputError(f"the dataset has no column {name!r} to keep; it has {', '.join(available)}")
+            if name in OWN_COLUMNS:
+                raise InvalidInputError(
+                    f"the dataset's column {name!r} has a name that the store uses itself: rename it, or keep other columns"
+                )
+        kept = self.full_dataset.select_columns(columns).with_format("arrow")
+        table = kept[self.tokens.sample_index] if columns else pa.table({})
+        own = {
+            "sample_index": self.tokens.sample_index,
+            "n_tokens": self.tokens.n_tokens.astype(np.int32),
+            "token_hash": self.tokens.token_hash,
+            "truncated": self.tokens.truncated,
+            "shard": self.plan.shard_of_sample.astype(np.int32),
+            "row": self.plan.row_of_sample.astype(np.int32),
+        }
+        return pa.table({**own, **{name: table.column(name).combine_chunks() for name in columns}})
+
+    def identity(self) -> dict[str, Any]:
+        """What of the data decides the values of a run, by field name."""
+        return {
+            "dataset": self.tokens.content_hash,
+            "n_samples": len(self.tokens),
+            "tokenizer": tokenizer_hash(self.tokenizer),
+            **{
+                name: value
+                for name, value in asdict(self.text).items()
+                if name not in ("text_column", "messages_column", "on_empty")
+            },
+            **asdict(self.plan_options),
+        }
+
+    def predict_dataloader(self) -> DataLoader[TokenBatch]:
+        """Yields this rank's batches, shard by shard, without the shards in `skip_shards`."""
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        return DataLoader(
+            PlannedBatches(self.tokens, self.plan, self.shards_of(rank, world_size)),
+            batch_size=None,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def shards_of(self, rank: int, world_size: int) -> list[int]:
+        """Returns the shards that a rank computes, in the order in which it does."""
+        return self.plan.assign(world_size, self.skip_shards)[rank]
+
+    def heaviest_batch(self) -> TokenBatch:
+        """Returns the batch that needs the most memory, to be tried before anything is kept."""
+        return PlannedBatches(self.tokens, self.plan, []).batch(self.plan.heaviest_batch)
+
+
+class PlannedBatches(Dataset[TokenBatch]):
+    """The batches of some shards of a plan, one `TokenBatch` an item."""
+
+    def __init__(self, tokens: TokenTable, plan: Plan, shards: list[int]) -> None:
+        self._tokens, self._plan = tokens, plan
+        self._batches = [batch for shard in shards for batch in plan.batches_of(shard)]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, item: int) -> TokenBatch:
+        return self.batch(self._batches[item])
+
+    def batch(self, batch: int) -> TokenBatch:
+        """Returns a batch of the plan by its number there."""
+        positions = self._plan.batch(batch)
+        input_ids, token_mask = self._tokens.gather(positions, int(self._plan.batch_length[batch]))
+        return TokenBatch(
+            sample_index=torch.from_numpy(self._tokens.sample_index[positions]),
+            input_ids=input_ids,
+            n_tokens=torch.from_numpy(self._tokens.n_tokens[positions]),
+            token_mask=token_mask,
+            place=Place(*self._plan.place(batch)),
+        )

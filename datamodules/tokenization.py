@@ -1,0 +1,332 @@
+"""From texts to tokens, once: parallel, cached on disk by `datasets`, read back from a memory map.
+
+Every sample leaves here with what identifies it from then on: its index in the dataset as given, and a hash of its token ids.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+import xxhash
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from exactivations.store.errors import InvalidInputError
+
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "token_mask": datasets.List(datasets.Value("uint8")),
+        "token_hash": datasets.Value("string"),
+        "truncated": datasets.Value("bool"),
+        "problem": datasets.Value("string"),
+    }
+)
+PLACEHOLDER = "{text}"
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """How a row of the dataset becomes tokens.
+
+    Attributes:
+        text_column: The column with the texts.
+        template: Text around each text, with "{text}" where it goes; nothing else in it is special.
+        messages_column: A column with lists of {"role": …, "content": …}, to which the tokenizer's chat template is applied.
+            Takes the place of text_column.
+        add_generation_prompt: Whether the chat template opens the assistant's next turn.
+        add_special_tokens: Whether the tokenizer adds its own special tokens (BOS, [CLS], …). A chat template always does.
+        token_mask: Which tokens poolings count. "content": all but special tokens; "assistant": those that the chat template
+            marks as the assistant's (it needs {% generation %} blocks for that); "all": every token.
+        max_length: Longer samples are cut to so many tokens, special tokens included; None cuts nothing.
+        truncation_side: Which end is cut off.
+        on_empty: What to do about a text that is None, empty, or has no token that counts: "error", or "skip" and record it.
+    """
+
+    text_column: str = "text"
+    template: str | None = None
+    messages_column: str | None = None
+    add_generation_prompt: bool = False
+    add_special_tokens: bool = True
+    token_mask: Literal["content", "assistant", "all"] = "content"
+    max_length: int | None = None
+    truncation_side: Literal["left", "right"] = "right"
+    on_empty: Literal["error", "skip"] = "error"
+
+    def __post_init__(self) -> None:
+        if self.template is not None and self.template.count(PLACEHOLDER) != 1:
+            raise InvalidInputError(f"the template must hold {PLACEHOLDER} exactly once, got {self.template!r}")
+        if self.template is not None and self.messages_column is not None:
+            raise InvalidInputError("a template applies to texts, a chat template to messages: give one of the two")
+        if self.token_mask == "assistant" and self.messages_column is None:
+            raise InvalidInputError("token_mask='assistant' needs a messages_column: plain texts have no assistant")
+        if self.max_length is not None and self.max_length < 1:
+            raise InvalidInputError(f"max_length must be at least 1, got {self.max_length}")
+
+    @property
+    def column(self) -> str:
+        """The column that is tokenized."""
+        return self.messages_column or self.text_column
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The tokens of all samples that are not skipped, mapped from disk. Samples are called by their position in here.
+
+    Attributes:
+        rows: Arrow table with input_ids, token_mask, token_hash and truncated.
+        sample_index: int64 [n], positions in the dataset as given, ascending.
+        skipped: Indices of samples that were left out because they are empty.
+    """
+
+    rows: pa.Table
+    sample_index: npt.NDArray[np.int64]
+    skipped: list[int] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.sample_index)
+
+    @cached_property
+    def n_tokens(self) -> npt.NDArray[np.int64]:
+        """int64 [n], tokens of each sample."""
+        return np.concatenate([np.diff(start) for _, start in self._chunks("input_ids")]).astype(np.int64)
+
+    @cached_property
+    def token_hash(self) -> list[str]:
+        """Hash of each sample's token ids (xxh3-128 of them as little-endian int32)."""
+        hashes: list[str] = self.rows.column("token_hash").to_pylist()
+        return hashes
+
+    @cached_property
+    def truncated(self) -> npt.NDArray[np.bool_]:
+        """Bool [n], whether the sample was cut to max_length."""
+        truncated: npt.NDArray[np.bool_] = self.rows.column("truncated").to_numpy()
+        return truncated
+
+    @cached_property
+    def content_hash(self) -> str:
+        """One hash for all samples, their indices and their masks."""
+        digest = xxhash.xxh3_128(self.sample_index.astype("<i8").tobytes())
+        for value in self.token_hash:
+            digest.update(value.encode())
+        for flat, _ in self._chunks("token_mask"):
+            digest.update(np.packbits(flat).tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def largest_id(self) -> int:
+        """The largest token id of all."""
+        return max(int(flat.max()) for flat, _ in self._chunks("input_ids"))
+
+    def gather(self, positions: npt.NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
+        """Returns ids int64 and mask bool, both [B, length], of these samples; shorter ones are padded on the right with 0 and False."""
+        ids = torch.zeros(len(positions), length, dtype=torch.int64)
+        mask = torch.zeros(len(positions), length, dtype=torch.bool)
+        ids_array, mask_array = ids.numpy(), mask.numpy()
+        for row, position in enumerate(positions):
+            chunk = int(np.searchsorted(self._chunk_start, position, side="right")) - 1
+            place = position - self._chunk_start[chunk]
+            flat, start = self._ids[chunk]
+            n = start[place + 1] - start[place]
+            ids_array[row, :n] = flat[start[place] : start[place + 1]]
+            flat_mask, start = self._masks[chunk]
+            mask_array[row, :n] = flat_mask[start[place] : start[place + 1]]
+        return ids, mask
+
+    @cached_property
+    def _chunk_start(self) -> npt.NDArray[np.int64]:
+        sizes = [len(chunk) for chunk in self.rows.column("input_ids").chunks]
+        return np.concatenate([[0], np.cumsum(sizes)])
+
+    @cached_property
+    def _ids(self) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+        return self._chunks("input_ids")
+
+    @cached_property
+    def _masks(self) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+        return self._chunks("token_mask")
+
+    def _chunks(self, column: str) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+        """Per Arrow chunk: all values flat, as a view of the map, and where each sample starts in them."""
+        return [(chunk.values.to_numpy(), chunk.offsets.to_numpy()) for chunk in self.rows.column(column).chunks]
+
+
+def tokenize(
+    dataset: datasets.Dataset,
+    sample_index: npt.NDArray[np.int64],
+    tokenizer: PreTrainedTokenizerBase,
+    options: TextOptions,
+    processes: int | None = None,
+) -> TokenTable:
+    """Tokenizes the dataset's rows, whose indices in the dataset as given are `sample_index`, or finds them in the cache.
+
+    Fast tokenizers use all cores by themselves; `processes` is for slow ones.
+
+    Raises:
+        InvalidInputError: If the column is missing, a text is empty or not text (with its index), or a message list does not
+            fit the chat template.
+    """
+    if options.column not in dataset.column_names:
+        raise InvalidInputError(f"the dataset has no column {options.column!r}; it has {', '.join(dataset.column_names)}")
+    key = json.dumps([dataset._fingerprint, tokenizer_hash(tokenizer), asdict(options)], sort_keys=True)
+    fingerprint = xxhash.xxh3_64(key.encode()).hexdigest()
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "exactivations"
+    cache.mkdir(parents=True, exist_ok=True)
+    rows = dataset.map(
+        _tokenize_rows,
+        batched=True,
+        input_columns=[options.column],
+        remove_columns=dataset.column_names,
+        fn_kwargs={"tokenizer": tokenizer, "options": options},
+        features=FEATURES,
+        new_fingerprint=fingerprint,  # ours: a tokenizer's pickled state, which `datasets` would hash, changes with use
+        cache_file_name=str(cache / f"{fingerprint}.arrow"),
+        num_proc=processes,
+        desc="tokenizing",
+    )
+    return _without_empty(rows.data.table, sample_index, options)
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns a hash of everything that decides how this tokenizer turns text into ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        rules = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+    else:  # truncation and padding are state of the last call, not of the tokenizer
+        rules = json.dumps(
+            {name: part for name, part in json.loads(backend.to_str()).items() if name not in ("truncation", "padding")}
+        )
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return xxhash.xxh3_128(json.dumps([rules, special, tokenizer.chat_template], sort_keys=True).encode()).hexdigest()
+
+
+def _without_empty(rows: pa.Table, sample_index: npt.NDArray[np.int64], options: TextOptions) -> TokenTable:
+    problems = rows.column("problem").to_numpy(zero_copy_only=False)
+    bad = np.array([problem is not None for problem in problems], dtype=bool)
+    if not bad.any():
+        return TokenTable(rows, sample_index)
+    wrong = [i for i in np.flatnonzero(bad) if options.on_empty == "error" or not problems[i].startswith("is empty")]
+    if wrong:
+        shown = "; ".join(f"sample {sample_index[i]} {problems[i]}" for i in wrong[:5])
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        hint = (
+            ""
+            if options.on_empty == "skip"
+            else ". Mend the dataset, or pass --on-empty skip to leave empty texts out and record them"
+        )
+        raise InvalidInputError(f"column {options.column!r}: {shown}{more}{hint}")
+    if bad.all():
+        raise InvalidInputError(f"column {options.column!r}: all {len(bad)} texts are empty")
+    return TokenTable(rows.filter(pa.array(~bad)), sample_index[~bad], skipped=sample_index[bad].tolist())
+
+
+def _tokenize_rows(values: list[Any], tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> dict[str, list[Any]]:
+    """Tokenizes one chunk of rows. A row with a problem gets no tokens, so that the caller can name its index."""
+    problems = [_problem(value, options) for value in values]
+    good = [value for value, problem in zip(values, problems, strict=True) if problem is None]
+    encoded = iter(
+        _encode_messages(good, tokenizer, options) if options.messages_column else _encode_texts(good, tokenizer, options)
+    )
+    out: dict[str, list[Any]] = {name: [] for name in FEATURES}
+    for problem in problems:
+        ids, mask, truncated = next(encoded) if problem is None else ([], [], False)
+        if problem is None and not any(mask):
+            problem = f"is empty: it has no token that counts (of {len(ids)} tokens, with token_mask={options.token_mask!r})"
+        out["input_ids"].append(ids)
+        out["token_mask"].append(mask)
+        out["token_hash"].append(hash_of_ids(ids))
+        out["truncated"].append(truncated)
+        out["problem"].append(problem)
+    return out
+
+
+def hash_of_ids(ids: Any) -> str:
+    """Returns the token hash of one sample: xxh3-128 of its ids as little-endian int32."""
+    return xxhash.xxh3_128(np.asarray(ids, dtype="<i4").tobytes()).hexdigest()
+
+
+def _problem(value: Any, options: TextOptions) -> str | None:
+    wanted = list if options.messages_column else str
+    if value is None:
+        return "is empty: it is None"
+    if not isinstance(value, wanted):
+        return f"is of type {type(value).__name__}, expected {'a list of messages' if options.messages_column else 'text'}"
+    return None if value else "is empty"
+
+
+Encoded = list[tuple[list[int], list[bool], bool]]  # ids, mask, truncated
+
+
+def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> Encoded:
+    if not texts:
+        return []
+    if options.template is not None:
+        texts = [options.template.replace(PLACEHOLDER, text) for text in texts]
+    tokenizer.truncation_side = options.truncation_side
+    arguments: dict[str, Any] = {"add_special_tokens": options.add_special_tokens, "return_attention_mask": False}
+    all_ids = tokenizer(texts, **arguments)["input_ids"]
+    too_long = [i for i, ids in enumerate(all_ids) if options.max_length is not None and len(ids) > options.max_length]
+    if too_long:  # the tokenizer cuts, since only it knows which special tokens have to stay
+        cut = tokenizer([texts[i] for i in too_long], truncation=True, max_length=options.max_length, **arguments)["input_ids"]
+        for i, ids in zip(too_long, cut, strict=True):
+            all_ids[i] = ids
+    special = _special_ids(tokenizer)
+    cut_rows = set(too_long)
+    return [
+        (ids, [options.token_mask == "all" or token not in special for token in ids], i in cut_rows)
+        for i, ids in enumerate(all_ids)
+    ]
+
+
+def _encode_messages(conversations: list[Any], tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> Encoded:
+    if tokenizer.chat_template is None:
+        raise InvalidInputError(
+            f"the tokenizer {tokenizer.name_or_path} has no chat template: use a text column, or another tokenizer"
+        )
+    if options.token_mask == "assistant" and "{% generation" not in str(tokenizer.chat_template).replace("{%-", "{%"):
+        raise InvalidInputError(
+            f"the chat template of {tokenizer.name_or_path} does not mark the assistant's tokens (it has no {{% generation %}} block): "
+            "token_mask='assistant' cannot be told from it"
+        )
+    special = _special_ids(tokenizer)
+    out: Encoded = []
+    for messages in conversations:
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=options.add_generation_prompt, tokenize=True, return_dict=True,
+            return_assistant_tokens_mask=options.token_mask == "assistant",
+        )  # fmt: skip
+        ids = list(encoded["input_ids"])
+        if options.token_mask == "assistant":
+            mask = [bool(marked) for marked in encoded["assistant_masks"]]
+        else:
+            mask = [options.token_mask == "all" or token not in special for token in ids]
+        truncated = options.max_length is not None and len(ids) > options.max_length
+        if truncated:
+            kept = (
+                slice(None, options.max_length) if options.truncation_side == "right" else slice(-(options.max_length or 0), None)
+            )
+            ids, mask = ids[kept], mask[kept]
+        out.append((ids, mask, truncated))
+    return out
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of special tokens. [UNK] stands for content that the vocabulary lacks, so it counts as content unless it is also BOS or EOS."""
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
+        tokenizer.all_special_ids
+    )
+    others = {
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.cls_token_id,
+        tokenizer.sep_token_id,
+    }
+    return frozenset(special - ({tokenizer.unk_token_id} - others))

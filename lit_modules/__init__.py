@@ -1,0 +1,6 @@
+"""LightningModules: what is computed, and the model-side helpers that they need."""
+
+from exactivations.lit_modules.extraction import ActivationExtractor
+from exactivations.lit_modules.language_model import ModelOptions
+
+__all__ = ["ActivationExtractor", "ModelOptions"]

@@ -1,0 +1,322 @@
+"""ActivationExtractor: a forward pass, cut off after the deepest hook point, and the rows that are read from it."""
+
+import platform
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from exactivations.datamodules.text import TextDataModule
+from exactivations.lit_modules.hook_points import HookPoint, cut_after, reading, resolve_hook_points
+from exactivations.lit_modules.language_model import (
+    DTYPES,
+    ModelOptions,
+    body_of,
+    config_hash,
+    forward_arguments,
+    load_model,
+    max_positions,
+    vocabulary_size,
+    weights_hash,
+)
+from exactivations.lit_modules.pooling import TOKENS, check_pooling, pool
+from exactivations.store.batches import ActivationBatch, ActivationSpec, TokenBatch
+from exactivations.store.errors import InvalidInputError
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be read: where its hook points are, how wide each is, and what it is."""
+
+    model: PreTrainedModel
+    hook_points: list[HookPoint]
+    widths: dict[str, int]
+    arguments: dict[str, Any]
+    weights_hash: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+
+class ActivationExtractor(pl.LightningModule):
+    """Reads hook points of a Hugging Face model, pools them on the device, and returns them with their samples' identity.
+
+    With a Trainer: `trainer.predict(extractor, datamodule=TextDataModule(…))`, and an `ActivationWriter` among the callbacks.
+    Without: `extractor(batch) -> ActivationBatch`.
+
+    The language model is deliberately not a submodule: Lightning would broadcast its weights under DDP and round its float32
+    buffers under "bf16-true". It is loaded in its own dtype by `load`, at the latest when it is first needed.
+
+    Args:
+        model: A hub id, a local path, "demo", or a model that the caller holds (which is neither cut, moved nor changed).
+        hook_points: See `hook_points`.
+        poolings: "tokens", "last", "first", "mean", "max", "exp_decay:<half-life>"; each is taken at each hook point.
+        options: How a named model is loaded.
+        store_dtype: Dtype of the activations given out; None is the model's own.
+        cpu_threads: Threads of each process on a CPU. They decide the last bits; None leaves torch's setting alone.
+
+    Raises:
+        InvalidInputError: For a hook point, pooling, dtype or model that does not exist.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        hook_points: list[str],
+        poolings: list[str],
+        *,
+        options: ModelOptions | None = None,
+        store_dtype: str | None = None,
+        cpu_threads: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name in poolings:
+            check_pooling(name)
+        if not poolings or len(set(poolings)) != len(poolings):
+            raise InvalidInputError(f"poolings must be named, each once, got {poolings}")
+        if store_dtype is not None and store_dtype not in DTYPES:
+            raise InvalidInputError(f"store_dtype must be one of {', '.join(DTYPES)}, got {store_dtype!r}")
+        self.model_name = model if isinstance(model, str) else (model.name_or_path or type(model).__name__)
+        self.hook_point_names, self.poolings = list(hook_points), list(poolings)
+        self.options, self.store_dtype, self.cpu_threads = options or ModelOptions(), store_dtype, cpu_threads
+        self._given = (model,)  # in a tuple, out of the module tree
+        self._loaded: LoadedModel | None = None
+
+    def load(self, device: torch.device | str = "cpu") -> LoadedModel:
+        """Loads, hashes, cuts and moves the model and looks once at every hook point; the second call returns the same."""
+        if self._loaded is None:
+            if self.cpu_threads is not None:
+                torch.set_num_threads(self.cpu_threads)
+            given = self._given[0]
+            if isinstance(given, str):
+                body = load_model(given, self.options, torch.device(device).type)
+                points = resolve_hook_points(body, self.hook_point_names)
+                hash_of_all = weights_hash(body)
+                cut_after(body, points)
+                body.to(device)  # type: ignore[arg-type]  # transformers' own annotation lacks torch.device
+            else:
+                body = body_of(given)
+                points = resolve_hook_points(body, self.hook_point_names)
+                hash_of_all = weights_hash(body)
+            arguments = forward_arguments(body)
+            self._loaded = LoadedModel(body, points, _widths(body, points, arguments), arguments, hash_of_all)
+        return self._loaded
+
+    def specs(self) -> dict[str, ActivationSpec]:
+        """Returns what each activation looks like, by name "<hook point>/<pooling>"."""
+        loaded = self.load(self.device)
+        return {
+            f"{point.name}/{pooling}": ActivationSpec(pooling == TOKENS, loaded.widths[point.name], self._out_dtype(loaded))
+            for point in loaded.hook_points
+            for pooling in self.poolings
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what of model and machine decides the values, by field name."""
+        loaded = self.load(self.device)
+        config = loaded.model.config
+        return {
+            "model": loaded.weights_hash,
+            "model_class": type(loaded.model).__name__,
+            "model_config": config_hash(loaded.model),
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "attn_implementation": getattr(config, "_attn_implementation", None),
+            "hook_points": self.hook_point_names,
+            "poolings": self.poolings,
+            "store_dtype": str(self._out_dtype(loaded)).removeprefix("torch."),
+            "device_type": _device_kind(loaded.device),
+            "cpu_threads": torch.get_num_threads() if loaded.device.type == "cpu" else None,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def setup(self, stage: str) -> None:
+        """Loads the model onto this rank's device and holds the data against it.
+
+        Raises:
+            InvalidInputError: If the Trainer would change dtypes, a sample is too long for the model, an id is outside its
+                vocabulary, or padding was asked for and the model does not allow it.
+        """
+        if str(self.trainer.precision) != "32-true":
+            raise InvalidInputError(
+                f"Trainer(precision={self.trainer.precision!r}) would cast the batch: leave it at '32-true' and give the extractor "
+                "its dtype, ModelOptions(dtype='bfloat16')"
+            )
+        self.load(self.device)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, TextDataModule):
+            self.check_fits(data)
+
+    def check_fits(self, data: TextDataModule) -> None:
+        """Refuses data that this model cannot take: see `setup`."""
+        model = self.load(self.device).model
+        check_lengths(model, data)
+        if data.plan_options.padding == "tail":
+            self.refuse_unless_causal()
+
+    @torch.no_grad()
+    def on_predict_start(self) -> None:
+        """Runs the heaviest batch of the whole plan once, so that too little memory shows now and not in the night."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, TextDataModule):
+            batch = data.heaviest_batch()
+            try:
+                self(batch)
+            except torch.cuda.OutOfMemoryError as error:
+                n, length = batch.input_ids.shape
+                raise InvalidInputError(
+                    f"out of device memory with the heaviest batch of the plan ({n} x {length} tokens): lower the token budget, which is "
+                    f"{data.plan_options.token_budget} (--token-budget). {error}"
+                ) from error
+
+    def predict_step(self, batch: TokenBatch, batch_idx: int = 0) -> ActivationBatch:
+        """Returns `self(batch)`."""
+        out: ActivationBatch = self(batch)
+        return out
+
+    @torch.no_grad()
+    def forward(self, batch: TokenBatch) -> ActivationBatch:
+        """Computes the batch and returns what was asked for at every hook point.
+
+        No attention mask is made and no padded position is read. Nothing here waits for the device.
+
+        Raises:
+            InvalidInputError: If a hook point was not reached or is not a tensor [B, L, D].
+        """
+        loaded = self.load(self.device)
+        host = batch.on_host
+        batch = batch.to(loaded.device)
+        real = _real_positions(host) if host.is_padded else None
+        real_on_device = None if real is None else real.to(loaded.device, non_blocking=True)
+        activations: dict[str, Tensor] = {}
+
+        def read(name: str, states: Tensor) -> None:
+            if states.ndim != 3 or states.shape[:2] != batch.input_ids.shape:
+                raise InvalidInputError(
+                    f"hook point {name} has shape {list(states.shape)}, expected [B, L, D] with [B, L] = {list(batch.input_ids.shape)}"
+                )
+            for pooling in self.poolings:
+                if pooling == TOKENS:
+                    rows = states.flatten(0, 1)
+                    rows = (
+                        rows.to(self._out_dtype(loaded), copy=True)
+                        if real_on_device is None
+                        else rows[real_on_device].to(self._out_dtype(loaded))
+                    )
+                    activations[f"{name}/{pooling}"] = rows
+                else:
+                    activations[f"{name}/{pooling}"] = pool(states, batch.token_mask, pooling).to(self._out_dtype(loaded))
+
+        training = loaded.model.training
+        loaded.model.train(False)
+        try:
+            with reading(loaded.model, loaded.hook_points, read):
+                loaded.model(input_ids=batch.input_ids, **loaded.arguments)
+        finally:
+            loaded.model.train(training)
+        missing = self.specs().keys() - activations.keys()
+        if missing:
+            raise InvalidInputError(f"the forward pass did not reach {', '.join(sorted(missing))}")
+        flat_ids, flat_mask = host.input_ids.flatten(), host.token_mask.flatten()
+        return ActivationBatch(
+            sample_index=host.sample_index,
+            n_tokens=host.n_tokens,
+            input_ids=flat_ids if real is None else flat_ids[real],
+            token_mask=flat_mask if real is None else flat_mask[real],
+            activations={name: activations[name] for name in self.specs()},
+            place=host.place,
+        )
+
+    @torch.no_grad()
+    def refuse_unless_causal(self) -> None:
+        """Proves on this model that what follows a token does not change its state, which padding on the right relies on.
+
+        Two inputs of one shape that differ in their second half only are computed; the states of the first half must agree.
+        Kernels and shapes are the same in both, so causal models agree exactly; mixtures of experts regroup tokens, which
+        changes rounding and no more.
+
+        Raises:
+            InvalidInputError: If the states differ.
+        """
+        loaded = self.load(self.device)
+        tolerance = 1e-5 if loaded.model.dtype == torch.float32 else 2e-2
+        ids = torch.arange(32).remainder(vocabulary_size(loaded.model) or 32)[None]
+        other = torch.cat([ids[:, :16], ids[:, 16:].flip(1)], dim=1)
+        first, second = (self._states(loaded, x.to(loaded.device)) for x in (ids, other))
+        for name, states in first.items():
+            error = ((states - second[name])[:, :16].norm() / states[:, :16].norm()).item()
+            if not error <= tolerance:
+                raise InvalidInputError(
+                    f"padding='tail' needs a causal model, and {type(loaded.model).__name__} is not: later tokens change the state of earlier "
+                    f"ones at {name} (relative difference {error:.2g}, allowed {tolerance:g}). Use padding='none'"
+                )
+
+    def _states(self, loaded: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
+        states: dict[str, Tensor] = {}
+        with reading(loaded.model, loaded.hook_points, lambda name, state: states.update({name: state.float()})):
+            loaded.model(input_ids=ids, **loaded.arguments)
+        return states
+
+    def _out_dtype(self, loaded: LoadedModel) -> torch.dtype:
+        return loaded.model.dtype if self.store_dtype is None else DTYPES[self.store_dtype]
+
+
+def check_lengths(model: PreTrainedModel, data: TextDataModule) -> None:
+    """Refuses samples that are longer than the model's positions, and ids outside its vocabulary. Needs no weights.
+
+    Raises:
+        InvalidInputError: Naming the sample and what to do.
+    """
+    tokens, positions, vocabulary = data.tokens, max_positions(model), vocabulary_size(model)
+    longest = int(tokens.n_tokens.argmax())
+    if positions is not None and tokens.n_tokens[longest] > positions:
+        n = int((tokens.n_tokens > positions).sum())
+        raise InvalidInputError(
+            f"sample {tokens.sample_index[longest]} has {tokens.n_tokens[longest]} tokens, {type(model).__name__} has {positions} positions "
+            f"({n} samples are too long): pass --max-length {positions} to cut them (how many were cut is told), or leave them out"
+        )
+    if vocabulary is not None and tokens.largest_id >= vocabulary:
+        raise InvalidInputError(
+            f"the tokenizer gives id {tokens.largest_id}, {type(model).__name__} has {vocabulary} embeddings: this is another model's tokenizer"
+        )
+
+
+def _widths(model: PreTrainedModel, points: list[HookPoint], arguments: dict[str, Any]) -> dict[str, int]:
+    """Looks once at every hook point, in a whole forward pass over four tokens.
+
+    Raises:
+        InvalidInputError: If a module runs never, or more than once (its output would be ambiguous).
+    """
+    seen: dict[str, list[int]] = {point.name: [] for point in points}
+    ids = torch.arange(4, device=model.device)[None]
+    training = model.training
+    model.train(False)
+    try:
+        with torch.no_grad(), reading(model, points, lambda name, state: seen[name].append(state.shape[-1]), stop=False):
+            model(input_ids=ids, **arguments)
+    finally:
+        model.train(training)
+    for name, widths in seen.items():
+        if len(widths) != 1:
+            raise InvalidInputError(
+                f"hook point {name} runs {len(widths)} times in one forward pass; only what runs exactly once can be read"
+            )
+    return {name: widths[0] for name, widths in seen.items()}
+
+
+def _real_positions(batch: TokenBatch) -> Tensor:
+    """Returns the places of real tokens in the flattened [B, L], row after row."""
+    is_real = torch.arange(batch.input_ids.shape[1]) < batch.n_tokens[:, None]
+    return is_real.flatten().nonzero()[:, 0]
+
+
+def _device_kind(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()})" if device.type == "cpu" else device.type

@@ -1,0 +1,135 @@
+"""Loading a Hugging Face model, knowing what it is, and cutting it off where it is no longer needed."""
+
+import inspect
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import xxhash
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedModel
+
+from exactivations.store.errors import InvalidInputError
+
+DEMO_MODEL = Path(__file__).parent / "demo_model"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a named model is loaded.
+
+    Attributes:
+        revision: Branch, tag or commit of a hub model.
+        dtype: "auto" is the checkpoint's own dtype on an accelerator, and float32 on a CPU, where half precision is slow.
+        attn_implementation: As Hugging Face names them: "sdpa", "eager", "flash_attention_2", …; None leaves it to the model.
+        trust_remote_code: Whether code from the model's repository may run here.
+    """
+
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", *DTYPES):
+            raise InvalidInputError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {self.dtype!r}")
+
+
+def resolve_model(name: str) -> str:
+    """Returns the path of the embedded model for "demo", and any other name as it is."""
+    return str(DEMO_MODEL) if name == "demo" else name
+
+
+def load_model(name: str, options: ModelOptions, device_type: str) -> PreTrainedModel:
+    """Loads the model's body (no head) onto the host, in evaluation mode and without a cache.
+
+    Raises:
+        InvalidInputError: If there is no such model, or it cannot be loaded as asked.
+    """
+    dtype: Any = DTYPES.get(options.dtype, torch.float32 if device_type == "cpu" else "auto")
+    arguments: dict[str, Any] = {} if options.attn_implementation is None else {"attn_implementation": options.attn_implementation}
+    try:
+        model: PreTrainedModel = AutoModel.from_pretrained(
+            resolve_model(name), revision=options.revision, dtype=dtype, trust_remote_code=options.trust_remote_code, **arguments
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise InvalidInputError(f"model {name!r} could not be loaded: {error}") from error
+    return model.train(False)
+
+
+def load_skeleton(name: str, options: ModelOptions) -> PreTrainedModel:
+    """Builds the model without its weights, on torch's meta device: all there is to know of its structure, in a moment.
+
+    Raises:
+        InvalidInputError: If there is no such model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(
+            resolve_model(name), revision=options.revision, trust_remote_code=options.trust_remote_code
+        )
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModel.from_config(  # type: ignore[no-untyped-call]  # transformers has no annotation there
+                config, trust_remote_code=options.trust_remote_code
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise InvalidInputError(f"model {name!r} could not be loaded: {error}") from error
+    return model.train(False)
+
+
+def body_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the model without its head (the language-model head costs a lot and is never read)."""
+    body = model.base_model
+    assert isinstance(body, PreTrainedModel)
+    return body
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Returns the xxh3-128 over names, dtypes, shapes and bytes of all weights: what the model is, whatever it is called."""
+    digest = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        tensor = tensor.detach().contiguous().cpu()
+        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def config_hash(model: PreTrainedModel) -> str:
+    """Returns a hash of the configuration without names, versions and dtype, which are recorded elsewhere."""
+    ignored = (
+        "_name_or_path",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "architectures",
+        "use_cache",
+        "_attn_implementation",
+    )
+    config = {name: value for name, value in model.config.to_dict().items() if name not in ignored}
+    return xxhash.xxh3_128(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def max_positions(model: PreTrainedModel) -> int | None:
+    """Returns how many tokens a sample may have at most, or None if the architecture has no limit."""
+    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    if positions is None or positions < 1:
+        return None
+    for name, module in model.named_modules():  # RoBERTa and its kin start to count after the padding index
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return positions - module.padding_idx - 1
+    return positions
+
+
+def vocabulary_size(model: PreTrainedModel) -> int | None:
+    """Returns the number of rows of the input embedding, or None if the model has none."""
+    embedding = model.get_input_embeddings()
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
+
+
+def forward_arguments(model: PreTrainedModel) -> dict[str, Any]:
+    """Returns the arguments that keep a forward pass from doing what nobody reads (a cache of keys and values)."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return {"use_cache": False} if "use_cache" in parameters or takes_any else {}

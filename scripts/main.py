@@ -1,0 +1,111 @@
+"""The command line: `exactivations <command> …`. Nothing heavy is imported before a command runs."""
+
+import inspect
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any, get_args
+
+import jsonargparse
+
+from exactivations.scripts.extract import extract
+from exactivations.scripts.hook_points import hook_points
+from exactivations.scripts.show import show
+
+COMMANDS: dict[str, Callable[..., Any]] = {"extract": extract, "hook-points": hook_points, "show": show}
+DEBUG_VARIABLE = "EXACTIVATIONS_DEBUG"
+
+
+def main(args: list[str] | None = None) -> None:
+    """Parses the arguments (those of the process if None) and runs the command.
+
+    What a user can act on comes out as one message on standard error and exit status 1; set EXACTIVATIONS_DEBUG=1 to see where
+    it was raised. Everything else is a fault of ours and keeps its traceback.
+    """
+    _quieten()
+    parser = command_line_parser()
+    parsed = parser.parse_args(to_parser_spelling(sys.argv[1:] if args is None else args))
+    arguments = parser.instantiate(parsed)[parsed.subcommand].as_dict()
+    arguments.pop("config", None)
+    try:
+        COMMANDS[parsed.subcommand](**arguments)
+    except Exception as error:
+        from exactivations.store.errors import ExactivationsError
+
+        if not isinstance(error, ExactivationsError) or os.environ.get(DEBUG_VARIABLE):
+            raise
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not error.known_to_all_ranks:
+            print(f"exactivations: error: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def command_line_parser() -> jsonargparse.ArgumentParser:
+    """Makes the parser of all commands from their signatures, with options spelled as users expect them: --max-length."""
+    parser = jsonargparse.auto_parser(
+        COMMANDS, as_positional=True, prog="exactivations", formatter_class=jsonargparse.DefaultHelpFormatter,
+        description="Language-model activations that provably belong to the sample and token they are filed under.",
+    )  # fmt: skip
+    assert parser._subcommands_action is not None
+    for command in parser._subcommands_action._name_parser_map.values():
+        for action in command._actions:
+            for option in [option for option in action.option_strings if option.startswith("--")]:
+                command._option_string_actions[option.replace("_", "-")] = action
+            action.option_strings = [option.replace("_", "-") for option in action.option_strings if not option.endswith("+")]
+    return parser
+
+
+def to_parser_spelling(args: list[str]) -> list[str]:
+    """Translates `--layers 1 3` to `--layers=[1, 3]`, and a bare `--overwrite` to `--overwrite=true`, for the parser."""
+    command = next((arg for arg in args if arg in COMMANDS), None)
+    if command is None:
+        return args
+    annotations = {name: p.annotation for name, p in inspect.signature(COMMANDS[command]).parameters.items()}
+    out: list[str] = []
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        annotation = annotations.get(arg.removeprefix("--").replace("-", "_")) if arg.startswith("--") else None
+        values: list[str] = []
+        if annotation is bool:
+            if rest and rest[0] in ("true", "false"):
+                values = [rest.pop(0)]
+            out.append(f"{arg}={values[0] if values else 'true'}")
+        elif any(str(kind).startswith("list[") for kind in (annotation, *get_args(annotation))):
+            while rest and not rest[0].startswith("--"):
+                values.append(rest.pop(0))
+            plain = len(values) == 1 and (values[0].startswith("[") or values[0] in _literals(annotation))
+            out.append(f"{arg}={values[0] if plain else json.dumps([_number(value) for value in values])}")
+        else:
+            out.append(arg)
+    return out
+
+
+def _literals(annotation: Any) -> set[str]:
+    return {value for kind in get_args(annotation) for value in get_args(kind) if isinstance(value, str)}
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
+def _quieten() -> None:
+    """Keeps libraries from talking about themselves; their errors, and warnings that concern the user, still come through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    for name in (
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.rank_zero",
+        "lightning.fabric.utilities.distributed",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)  # not their parents: those set their own level when imported
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # a batch is a copy from a memory map
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")  # Lightning's own use of torch
+    warnings.filterwarnings("ignore", message=".*GPU available but not used.*")  # the user chose
+
+
+if __name__ == "__main__":
+    main()

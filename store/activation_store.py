@@ -1,0 +1,233 @@
+"""Reading a finished run: any sample in one step, pooled rows in dataset order, tokens in blocks."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from exactivations.store.errors import IncompleteStoreError, InvalidInputError
+from exactivations.store.run_folder import RunFolder
+from exactivations.store.shard import verify_shard
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample with everything that is known of it.
+
+    Attributes:
+        sample_index: Its position in the dataset as given.
+        columns: Its row of samples.parquet.
+        activations: By name: [D] for a pooled one, [n_tokens, D] for "<hook point>/tokens".
+        input_ids: int32 [n_tokens], and token_mask: bool [n_tokens]; None when the store holds no token rows.
+    """
+
+    sample_index: int
+    columns: dict[str, Any]
+    activations: dict[str, Tensor]
+    input_ids: Tensor | None
+    token_mask: Tensor | None
+
+
+@dataclass(frozen=True)
+class TokenBlock:
+    """Token rows of whole samples: values [T, D], input_ids [T], token_mask [T]; sample_index [n] and n_tokens [n] say whose."""
+
+    sample_index: Tensor
+    n_tokens: Tensor
+    input_ids: Tensor
+    token_mask: Tensor
+    values: Tensor
+
+
+class ActivationStore:
+    """A run folder, opened for reading. Tensors are mapped from the files; nothing is read before it is used.
+
+    Rows of `pooled`, `to_numpy`, `samples` and the iteration all follow `sample_index`, ascending, which is 0 to n-1 unless
+    samples were selected or skipped. So a column of `samples` and a row of `pooled` always belong together.
+
+    Args:
+        path: The run folder.
+        allow_incomplete: Open a run of which shards are missing. Asking for a sample in one of those is still an error.
+        verify_checksums: Read every shard once and compare it with its checksum before anything else.
+
+    Raises:
+        IncompleteStoreError: If shards are missing and that was not allowed.
+        CorruptShardError: If a shard is truncated, renamed or (with verify_checksums) damaged.
+        StoreError: If it is no run folder or of a newer format.
+    """
+
+    def __init__(self, path: str | Path, *, allow_incomplete: bool = False, verify_checksums: bool = False) -> None:
+        self.folder = RunFolder(path)
+        self.info = self.folder.read_info()
+        self.published = self.folder.published(self.info)
+        missing = self.info.n_shards - len(self.published)
+        if missing and not allow_incomplete:
+            raise IncompleteStoreError(
+                f"{path} is not complete: {missing} of {self.info.n_shards} shards are missing. Start the same extract command "
+                "again to finish it, or open it with allow_incomplete=True"
+            )
+        if verify_checksums:
+            for shard in sorted(self.published):
+                verify_shard(self.folder.shard_path(shard))
+        table = self.folder.read_samples()
+        self._shard = table.column("shard").to_numpy()
+        self._row = table.column("row").to_numpy()
+        present = np.isin(self._shard, list(self.published))
+        if not present.all():
+            table, self._shard, self._row = table.filter(pa.array(present)), self._shard[present], self._row[present]
+        self.samples = table
+        self.sample_index: npt.NDArray[np.int64] = table.column("sample_index").to_numpy()
+        self._open: dict[int, dict[str, Tensor]] = {}
+        self._ends: dict[int, npt.NDArray[np.int64]] = {}
+
+    def __len__(self) -> int:
+        return len(self.sample_index)
+
+    def __repr__(self) -> str:
+        return f"ActivationStore({str(self.folder.path)!r}: {len(self)} samples, {', '.join(self.names)})"
+
+    @property
+    def names(self) -> list[str]:
+        """The activations in this store, as "<hook point>/<pooling>"."""
+        return list(self.info.activations)
+
+    def __getitem__(self, sample_index: int) -> Sample:
+        """Returns the sample with this index in the dataset as given; negative indices mean nothing here.
+
+        Raises:
+            IndexError: If the store has no such sample; the message says why.
+        """
+        position = int(np.searchsorted(self.sample_index, sample_index))
+        if position == len(self) or self.sample_index[position] != sample_index:
+            raise IndexError(self._why_absent(sample_index))
+        shard, row = int(self._shard[position]), int(self._row[position])
+        tensors = self._tensors(shard)
+        assert int(tensors["sample_index"][row]) == sample_index, f"index and shard {shard} disagree on row {row}"
+        tokens = slice(*self._token_range(shard, row)) if "input_ids" in tensors else None
+        return Sample(
+            sample_index=sample_index,
+            columns=self.samples.slice(position, 1).to_pylist()[0],
+            activations={name: tensors[name][tokens if self.info.activations[name]["per_token"] else row] for name in self.names},
+            input_ids=None if tokens is None else tensors["input_ids"][tokens],
+            token_mask=None if tokens is None else tensors["token_mask"][tokens],
+        )
+
+    def __iter__(self) -> Iterator[Sample]:
+        """Yields every sample in dataset order."""
+        return (self[int(index)] for index in self.sample_index)
+
+    def pooled(self, hook_point: str, pooling: str) -> Tensor:
+        """Returns one row per sample [n, D], in the order of `sample_index`.
+
+        Raises:
+            InvalidInputError: If the store does not hold it, or it has one row per token.
+        """
+        name = self._name(hook_point, pooling, per_token=False)
+        spec = self.info.activations[name]
+        out = torch.empty(len(self), spec["width"], dtype=getattr(torch, spec["dtype"]))
+        for shard, positions in self._positions_by_shard:
+            out[positions] = self._tensors(shard)[name]
+        return out
+
+    def tokens(self, hook_point: str, block_tokens: int = 65536) -> Iterator[TokenBlock]:
+        """Yields the rows of all tokens in blocks of whole samples, in the order of the shards (the fastest to read).
+
+        A block holds at most `block_tokens` tokens, or one sample. Every shard is a fair sample of the dataset's lengths.
+
+        Raises:
+            InvalidInputError: If the store does not hold token rows of this hook point.
+        """
+        name = self._name(hook_point, "tokens", per_token=True)
+        return self._token_blocks(name, block_tokens)
+
+    def _token_blocks(self, name: str, block_tokens: int) -> Iterator[TokenBlock]:
+        for shard in sorted(self.published):
+            tensors = self._tensors(shard)
+            ends = self._token_ends(shard)
+            first = 0
+            while first < len(ends):
+                start = int(ends[first - 1]) if first else 0
+                stop = max(first + 1, int(np.searchsorted(ends, start + block_tokens, side="right")))
+                rows, tokens = slice(first, stop), slice(start, int(ends[stop - 1]))
+                yield TokenBlock(
+                    tensors["sample_index"][rows], tensors["n_tokens"][rows],
+                    tensors["input_ids"][tokens], tensors["token_mask"][tokens], tensors[name][tokens],
+                )  # fmt: skip
+                first = stop
+
+    def to_numpy(self, hook_point: str, pooling: str) -> npt.NDArray[Any]:
+        """Returns `pooled` as a numpy array; bfloat16, which numpy does not know, becomes float32 (exactly)."""
+        return _numpy(self.pooled(hook_point, pooling))
+
+    def to_dataset(self) -> datasets.Dataset:
+        """Returns samples.parquet's columns and all activations as a Hugging Face dataset, in dataset order, cached on disk."""
+        return datasets.Dataset.from_generator(
+            _dataset_rows,
+            gen_kwargs={"path": str(self.folder.path), "fingerprint": self.info.fingerprint, "shards": sorted(self.published)},
+            # one process, whole: the list of shards is a cache key here, not something to be split up
+            split=datasets.NamedSplit("activations"),
+        )
+
+    @cached_property
+    def _positions_by_shard(self) -> list[tuple[int, Tensor]]:
+        """For each shard the positions of its rows in dataset order, row by row, from the shard's own sample indices."""
+        return [
+            (shard, torch.from_numpy(np.searchsorted(self.sample_index, self._tensors(shard)["sample_index"].numpy())))
+            for shard in sorted(self.published)
+        ]
+
+    def _tensors(self, shard: int) -> dict[str, Tensor]:
+        if shard not in self._open:
+            self._open[shard] = self.folder.open_shard(shard, self.info)
+        return self._open[shard]
+
+    def _token_ends(self, shard: int) -> npt.NDArray[np.int64]:
+        if shard not in self._ends:
+            self._ends[shard] = np.cumsum(self._tensors(shard)["n_tokens"].numpy(), dtype=np.int64)
+        return self._ends[shard]
+
+    def _token_range(self, shard: int, row: int) -> tuple[int, int]:
+        ends = self._token_ends(shard)
+        return (int(ends[row - 1]) if row else 0), int(ends[row])
+
+    def _name(self, hook_point: str, pooling: str, *, per_token: bool) -> str:
+        name = f"{hook_point}/{pooling}"
+        spec = self.info.activations.get(name)
+        if spec is None:
+            raise InvalidInputError(f"{self.folder.path} holds no {name}; it holds {', '.join(self.names)}")
+        if spec["per_token"] != per_token:
+            raise InvalidInputError(
+                f"{name} has one row per {'token: read it with tokens()' if spec['per_token'] else 'sample: read it with pooled()'}"
+            )
+        return name
+
+    def _why_absent(self, sample_index: int) -> str:
+        if sample_index in self.info.skipped:
+            return f"sample {sample_index} was skipped in extraction: its text is empty"
+        if len(self) < self.info.n_samples:
+            return f"sample {sample_index} is not in this incomplete store ({len(self)} of {self.info.n_samples} samples)"
+        first, last = (self.sample_index[0], self.sample_index[-1]) if len(self) else ("none", "none")
+        return f"sample {sample_index} is not in this store: it holds {len(self)} samples with indices from {first} to {last}"
+
+
+def _dataset_rows(path: str, fingerprint: str, shards: list[int]) -> Iterator[dict[str, Any]]:
+    store = ActivationStore(path, allow_incomplete=True)
+    assert store.info.fingerprint == fingerprint and sorted(store.published) == shards, f"{path} changed while it was read"
+    for sample in store:
+        row = dict(sample.columns)
+        if sample.input_ids is not None and sample.token_mask is not None:
+            row |= {"input_ids": sample.input_ids.numpy(), "token_mask": sample.token_mask.numpy()}
+        yield row | {name: _numpy(values) for name, values in sample.activations.items()}
+
+
+def _numpy(values: Tensor) -> npt.NDArray[Any]:
+    array: npt.NDArray[Any] = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    return array

@@ -1,0 +1,243 @@
+"""The folder of one run: run.json (what was run), samples.parquet (what is where) and the shards.
+
+A folder is complete when every planned shard is there. That is looked up, never noted down, so it cannot go stale: folders
+that several nodes wrote are merged by copying them into one.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+
+from exactivations.store.errors import CorruptShardError, IdentityError, StoreError
+from exactivations.store.shard import flush_to_disk, open_shard
+
+FORMAT_VERSION = 1
+RUN_FILE, SAMPLES_FILE, SHARD_FOLDER = "run.json", "samples.parquet", "shards"
+OWN_COLUMNS = ("sample_index", "n_tokens", "token_hash", "truncated", "shard", "row")
+ENVIRONMENT_FIELDS = frozenset({"torch", "transformers", "device_type", "cpu_threads"})
+"""Fields of the identity that a user may allow to change in the middle of a run; all others never may."""
+
+
+@dataclass
+class RunInfo:
+    """The content of run.json.
+
+    Attributes:
+        identity: Everything that decides the values, by field name. Two runs with equal identity give equal bytes.
+        about: What is told but does not decide the values: names, versions of other packages, the date.
+        n_shards: Planned shards. n_samples, n_tokens: what they hold together. n_computed_tokens: with padding.
+        activations: By name: whether per token, width, dtype.
+        skipped: Sample indices that were left out because their text is empty (only when asked for).
+        changes: Environment changes that the user allowed, each with the fingerprint of the shards made after it.
+        format_version: Version of the store format.
+    """
+
+    identity: dict[str, Any]
+    about: dict[str, Any]
+    n_shards: int
+    n_samples: int
+    n_tokens: int
+    n_computed_tokens: int
+    activations: dict[str, dict[str, Any]]
+    skipped: list[int] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity with all allowed changes, as a short hash. Every shard carries the one it was made under."""
+        return self.fingerprints[-1]
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """All fingerprints that shards of this run may carry, the present one last."""
+        return [fingerprint_of(self.identity), *(change["fingerprint"] for change in self.changes)]
+
+    @property
+    def present_identity(self) -> dict[str, Any]:
+        """The identity after all allowed changes."""
+        present = dict(self.identity)
+        for change in self.changes:
+            present |= {name: now for name, (_, now) in change["fields"].items()}
+        return present
+
+
+def fingerprint_of(identity: dict[str, Any]) -> str:
+    """Returns the xxh3-128 of an identity in canonical JSON."""
+    return xxhash.xxh3_128(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+class RunFolder:
+    """Reads and writes the files of a run. Does not look inside the activations.
+
+    Args:
+        path: The folder. Nothing is made or read before it is asked for.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.shard_folder = self.path / SHARD_FOLDER
+
+    def shard_path(self, shard: int) -> Path:
+        """Returns the final name of a shard's file."""
+        return self.shard_folder / f"{shard:05d}.safetensors"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was ever started here."""
+        return (self.path / RUN_FILE).is_file()
+
+    def read_info(self) -> RunInfo:
+        """Reads run.json.
+
+        Raises:
+            StoreError: If there is none, it cannot be read, or it is of a newer format version.
+        """
+        path = self.path / RUN_FILE
+        try:
+            content = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise StoreError(f"{self.path} is not a run folder: there is no {RUN_FILE} in it") from None
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path} cannot be read: {error}") from error
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise StoreError(
+                f"{path} has store format version {version}, this exactivations reads version {FORMAT_VERSION}: "
+                "install the exactivations that wrote it, or a newer one"
+            )
+        return RunInfo(**{f.name: content[f.name] for f in fields(RunInfo)})
+
+    def read_samples(self) -> pa.Table:
+        """Reads samples.parquet, mapped into memory."""
+        try:
+            return pq.read_table(self.path / SAMPLES_FILE, memory_map=True)
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"{self.path / SAMPLES_FILE} cannot be read: {error}") from error
+
+    def prepare(self, info: RunInfo, samples: pa.Table, *, overwrite: bool, allow_changed: frozenset[str]) -> None:
+        """Starts a new run here, or goes on with the one that is here if it is the same.
+
+        Only to be called while no other process works in the folder. Left-over temporary files are removed.
+
+        Raises:
+            IdentityError: If the folder holds another run; every differing field is named with both values.
+            StoreError: If the folder cannot be written to or holds something that is not a run.
+        """
+        try:
+            if overwrite:
+                self._remove_run()
+            if self.exists:
+                self._go_on(info, samples, allow_changed)
+            else:
+                self._start(info, samples)
+            for leftover in self.path.glob(f"{SHARD_FOLDER}/.*.tmp"):
+                leftover.unlink()
+        except OSError as error:
+            raise StoreError(f"cannot write to the run folder {self.path}: {error}") from error
+
+    def published(self, info: RunInfo) -> set[int]:
+        """Returns the shards that are there. Each one's header, size and fingerprint are checked, its content is not.
+
+        Raises:
+            CorruptShardError: If a file is truncated or not a shard.
+            IdentityError: If a shard was made by another run.
+        """
+        found = set()
+        for path in sorted(self.shard_folder.glob("*.safetensors")):
+            if not re.fullmatch(r"\d{5,}", path.stem) or int(path.stem) >= info.n_shards:
+                raise IdentityError(f"{path} does not belong to this run, which has shards 0 to {info.n_shards - 1}")
+            self.open_shard(int(path.stem), info)
+            found.add(int(path.stem))
+        return found
+
+    def open_shard(self, shard: int, info: RunInfo) -> dict[str, Any]:
+        """Maps a shard's tensors from its file, and refuses a shard that another run made."""
+        path = self.shard_path(shard)
+        tensors, metadata = open_shard(path)
+        if metadata.get("fingerprint") not in info.fingerprints:
+            raise IdentityError(
+                f"{path} was made by another run: its fingerprint is {metadata.get('fingerprint')}, "
+                f"expected was {' or '.join(info.fingerprints)}. Remove it, or copy it to the folder where it belongs"
+            )
+        if metadata.get("shard") != shard:
+            raise CorruptShardError(f"{path} holds shard {metadata.get('shard')}, not {shard}: it was renamed; name it back")
+        return tensors
+
+    def _start(self, info: RunInfo, samples: pa.Table) -> None:
+        strangers = [p.name for p in self.path.iterdir() if p.name != ".lock"]
+        if strangers:
+            raise StoreError(
+                f"{self.path} is not empty and not a run folder (it holds {', '.join(sorted(strangers)[:5])}): name a new one"
+            )
+        self.shard_folder.mkdir()
+        temporary = self.path / f".{SAMPLES_FILE}.tmp"
+        pq.write_table(samples, temporary, compression="zstd", row_group_size=65536)
+        flush_to_disk(temporary)
+        temporary.replace(self.path / SAMPLES_FILE)
+        self._write_info(info)  # last: a folder with a run.json has everything else
+
+    def _go_on(self, info: RunInfo, samples: pa.Table, allow_changed: frozenset[str]) -> None:
+        stored = self.read_info()
+        changed = {
+            name: (stored.present_identity.get(name), info.identity.get(name))
+            for name in sorted(stored.present_identity.keys() | info.identity.keys())
+            if stored.present_identity.get(name) != info.identity.get(name)
+        }
+        samples_differ = first_difference(self.read_samples(), samples)
+        refused = {name: values for name, values in changed.items() if name not in allow_changed & ENVIRONMENT_FIELDS}
+        if refused or samples_differ:
+            lines = [f"  {name}: {_short(was)} there, {_short(now)} now" for name, (was, now) in refused.items()]
+            allowable = sorted(refused.keys() & ENVIRONMENT_FIELDS)
+            hint = f" (or allow it: --allow-changed {' '.join(allowable)})" if allowable and len(allowable) == len(refused) else ""
+            raise IdentityError(
+                f"{self.path} holds another run. Go on with the same settings{hint}, name another folder, or pass --overwrite.\n"
+                + "\n".join(lines + ([f"  samples: {samples_differ}"] if samples_differ else []))
+            )
+        if changed:
+            stored.changes.append({"fields": changed, "fingerprint": fingerprint_of(info.identity)})
+            self._write_info(stored)
+
+    def _write_info(self, info: RunInfo) -> None:
+        temporary = self.path / f".{RUN_FILE}.tmp"
+        temporary.write_text(json.dumps({**asdict(info), "fingerprint": info.fingerprint}, indent=1) + "\n")
+        flush_to_disk(temporary)
+        temporary.replace(self.path / RUN_FILE)
+        flush_to_disk(self.path)
+
+    def _remove_run(self) -> None:
+        """Removes the files of a run, and nothing else; the lock stays, since it is held."""
+        if not self.exists:
+            return
+        os.unlink(self.path / RUN_FILE)  # first: what is half removed is no run any more
+        shutil.rmtree(self.shard_folder, ignore_errors=False)
+        (self.path / SAMPLES_FILE).unlink(missing_ok=True)
+
+
+def first_difference(stored: pa.Table, now: pa.Table) -> str | None:
+    """Says in what two sample tables differ first, or None if they are equal in every value."""
+    if stored.column_names != now.column_names:
+        return f"columns are {stored.column_names} there, {now.column_names} now"
+    if len(stored) != len(now):
+        return f"{len(stored)} samples there, {len(now)} now"
+    for name in stored.column_names:
+        if stored.column(name).equals(now.column(name)):
+            continue
+        for row, (was, value) in enumerate(zip(stored.column(name), now.column(name), strict=True)):
+            if was.as_py() != value.as_py():
+                index = now.column("sample_index")[row].as_py()
+                return f"the dataset changed: sample {index} has {name} {_short(was.as_py())} there, {_short(value.as_py())} now"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

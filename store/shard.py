@@ -1,0 +1,155 @@
+"""One shard: a safetensors file that exists whole or not at all, and carries a checksum of everything in it."""
+
+import contextlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from exactivations.store.batches import ActivationBatch, ActivationSpec
+from exactivations.store.errors import CorruptShardError, StoreError
+
+_UMASK = os.umask(0)
+os.umask(_UMASK)  # it can only be read by setting it
+METADATA_KEY = "exactivations"  # one key only: safetensors does not keep the order of several, and files must be byte-identical
+
+
+class ShardBuffer:
+    """A shard that is being filled, in host memory: every tensor has its final size from the start.
+
+    Batches may arrive in any order; each goes to the place that the plan gave it. A row that is written twice or never is
+    an error of ours and cannot be published.
+    """
+
+    def __init__(self, n_rows: int, n_tokens: int, specs: Mapping[str, ActivationSpec]) -> None:
+        self.tensors = {
+            "sample_index": torch.full((n_rows,), -1, dtype=torch.int64),
+            "n_tokens": torch.zeros(n_rows, dtype=torch.int32),
+        }
+        self.has_tokens = any(spec.per_token for spec in specs.values())
+        if self.has_tokens:
+            self.tensors["input_ids"] = torch.zeros(n_tokens, dtype=torch.int32)
+            self.tensors["token_mask"] = torch.zeros(n_tokens, dtype=torch.bool)
+        for name, spec in specs.items():
+            self.tensors[name] = torch.empty(n_tokens if spec.per_token else n_rows, spec.width, dtype=spec.dtype)
+        self._specs = dict(specs)
+        self._missing_rows = n_rows
+
+    def put(self, batch: ActivationBatch) -> None:
+        """Copies a batch, whose tensors are on the host, to its place."""
+        assert batch.place is not None, "a batch without a place in a plan cannot be stored"
+        rows = slice(batch.place.first_row, batch.place.first_row + len(batch.sample_index))
+        tokens = slice(batch.place.first_token, batch.place.first_token + len(batch.input_ids))
+        assert (self.tensors["sample_index"][rows] == -1).all(), f"rows {rows} of shard {batch.place.shard} written twice"
+        assert batch.activations.keys() == self._specs.keys(), f"got {list(batch.activations)}, planned {list(self._specs)}"
+        _fill(self.tensors["sample_index"], rows, batch.sample_index)
+        _fill(self.tensors["n_tokens"], rows, batch.n_tokens)
+        if self.has_tokens:
+            _fill(self.tensors["input_ids"], tokens, batch.input_ids)
+            _fill(self.tensors["token_mask"], tokens, batch.token_mask)
+        for name, values in batch.activations.items():
+            _fill(self.tensors[name], tokens if self._specs[name].per_token else rows, values)
+        self._missing_rows -= len(batch.sample_index)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every row has arrived."""
+        return self._missing_rows == 0
+
+
+def _fill(target: Tensor, where: slice, values: Tensor) -> None:
+    part = target[where]
+    assert part.shape == values.shape, f"planned {list(part.shape)}, got {list(values.shape)}"
+    part.copy_(values)
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Writes a shard beside its final name, flushes it to disk, and renames it.
+
+    Raises:
+        StoreError: If the file cannot be written, with the cause; nothing is left under the final name.
+    """
+    header = {METADATA_KEY: json.dumps({**metadata, "checksum": checksum(tensors, metadata)}, sort_keys=True)}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(dict(tensors), temporary, metadata=header)
+        temporary.chmod(0o666 & ~_UMASK)  # safetensors makes it readable by its owner only
+        flush_to_disk(temporary)
+        temporary.replace(path)
+        flush_to_disk(path.parent)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StoreError(
+            f"cannot write {path}: {error}; {_free_space(path)}. Nothing that was published is lost: "
+            "make room and start the same command again, and it goes on from here"
+        ) from error
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file's or folder's content has reached the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_space(path: Path) -> str:
+    try:
+        status = os.statvfs(path.parent)
+    except OSError:
+        return "the folder is not there"
+    return f"{status.f_bavail * status.f_frsize / 1e6:,.0f} MB are free there"
+
+
+def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
+    """Returns the xxh3-128 over names, dtypes, shapes, bytes and metadata, in the order of names."""
+    digest = xxhash.xxh3_128(json.dumps(dict(metadata), sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def open_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns a shard's tensors, mapped from the file without reading them, and its metadata (with the checksum).
+
+    Raises:
+        CorruptShardError: If the file is truncated or not a shard.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = json.loads((file.metadata() or {})[METADATA_KEY])
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118  # not a mapping
+    except FileNotFoundError:
+        raise
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CorruptShardError(
+            f"{path} is not a whole shard ({type(error).__name__}: {error}). Delete it and start the run again: "
+            "only what it held is computed anew"
+        ) from error
+
+
+def verify_shard(path: Path) -> None:
+    """Reads a whole shard and compares it with its checksum.
+
+    Raises:
+        CorruptShardError: If a single bit differs.
+    """
+    tensors, metadata = open_shard(path)
+    expected = metadata.pop("checksum", None)
+    found = checksum(tensors, metadata)
+    if found != expected:
+        raise CorruptShardError(
+            f"{path} is damaged: its checksum is {found}, written was {expected}. Delete it and start the run again: "
+            "only what it held is computed anew"
+        )
