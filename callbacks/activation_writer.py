@@ -2,10 +2,11 @@
 
 import os
 import queue
+import socket
 import threading
 import uuid
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,12 +17,12 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from exactivations.callbacks.host_copy import HostCopier, HostCopy
+from exactivations.datamodules.embedded import resolve_model
 from exactivations.datamodules.plan import Plan
 from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.extraction import ActivationExtractor
-from exactivations.lit_modules.language_model import resolve_model
 from exactivations.store.batches import ActivationBatch, ActivationSpec
-from exactivations.store.errors import ExactivationsError, InvalidInputError, StoreError
+from exactivations.store.errors import ExactivationsError, IdentityError, InvalidInputError, StoreError
 from exactivations.store.lock import RunLock
 from exactivations.store.run_folder import ENVIRONMENT_FIELDS, RunFolder, RunInfo
 from exactivations.store.shard import ShardBuffer, write_shard
@@ -61,7 +62,7 @@ class ActivationWriter(BasePredictionWriter):
         self.info: RunInfo | None = None
         self._lock: RunLock | None = None
         self._thread: WriterThread | None = None
-        self._parent = 0
+        self._parent: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Takes the folder, checks that it holds this run or none, and tells the data module which shards are there.
@@ -74,35 +75,36 @@ class ActivationWriter(BasePredictionWriter):
                 "ActivationWriter works with an ActivationExtractor and a TextDataModule, "
                 f"got {type(pl_module).__name__} and {type(data).__name__}"
             )
+        parent = os.getppid()
         run_id = trainer.strategy.broadcast(uuid.uuid4().hex)
-        published: set[int] = set()
-        failure: ExactivationsError | None = None
+        rank = RankReport()
         try:
-            published = self._take_folder(pl_module, data, run_id)
+            self._take_folder(pl_module, data, run_id, rank)
         except ExactivationsError as error:
-            failure = error
-        outcomes = _gather((published, failure))
-        first_failure = next((error for _, error in outcomes if error is not None), None)
-        if first_failure is not None:
+            rank.failure = error
+        ranks: list[RankReport] = _gather(rank)
+        failure = next((rank.failure for rank in ranks if rank.failure is not None), None) or _first_disagreement(ranks)
+        if failure is not None:
             self._release()
-            first_failure.known_to_all_ranks = True
-            raise first_failure
-        data.skip_shards = frozenset().union(*(found for found, _ in outcomes))
-        self._parent = os.getppid()
+            failure.known_to_all_ranks = True
+            raise failure
+        data.skip_shards = frozenset().union(*(rank.published for rank in ranks))
+        self._parent = parent if (rank.host, parent) in {(other.host, other.process) for other in ranks} else None
         # Lightning looks for a batch sampler to infer sample indices from, and warns that there is none. Ours are in the batch.
         warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
 
-    def _take_folder(self, extractor: ActivationExtractor, data: TextDataModule, run_id: str) -> set[int]:
+    def _take_folder(self, extractor: ActivationExtractor, data: TextDataModule, run_id: str, rank: "RankReport") -> None:
         extractor.load(extractor.device)
         extractor.check_fits(data)
         specs = extractor.specs()
         info = run_info(extractor, data, specs)
+        rank.identity = info.identity
         self._lock = RunLock(self.folder.path, run_id)
         self._lock.acquire(
             lambda: self.folder.prepare(info, data.samples, overwrite=self.overwrite, allow_changed=self.allow_changed)
         )
         self.info = self.folder.read_info()
-        return self.folder.published(self.info)
+        rank.published = self.folder.published(self.info)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the thread that writes."""
@@ -123,8 +125,12 @@ class ActivationWriter(BasePredictionWriter):
     ) -> None:
         """Hands a batch over; waits when the queue is full, raises when the thread has failed."""
         assert self._thread is not None
-        if trainer.local_rank and os.getppid() != self._parent and not _launched_from_outside(trainer):
+        if self._parent is not None and os.getppid() != self._parent:
             raise StoreError(f"rank {trainer.global_rank}: the process that started this one is gone; stopping with it")
+        if trainer.received_sigterm:  # Lightning notes it, tells the ranks that it started, and predicts on
+            ended = StoreError("ended by SIGTERM. What was published stays; start the same command again, and it goes on from here")
+            ended.known_to_all_ranks = True
+            raise ended
         self._thread.put(self._copier.start(prediction, self._thread.check))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -134,9 +140,20 @@ class ActivationWriter(BasePredictionWriter):
             self._thread = None
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Waits for the other ranks: when `predict` returns, every rank has written all that it had."""
-        trainer.strategy.barrier("activations_written")
-        self._release()
+        """Waits for the other ranks: when `predict` returns, every rank has written all that it had.
+
+        Raises:
+            StoreError: If another rank ended before.
+        """
+        try:
+            trainer.strategy.barrier("activations_written")
+        except RuntimeError as error:  # what torch.distributed raises when the other side is gone
+            raise StoreError(
+                "another rank ended before it had written all of its shards; what was published stays. Start the same command "
+                "again, and it goes on from here"
+            ) from error
+        finally:
+            self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stops the thread. What was published stays; a shard that is not full is not published."""
@@ -174,6 +191,17 @@ def run_info(extractor: ActivationExtractor, data: TextDataModule, specs: dict[s
         activations={name: {**asdict(spec), "dtype": str(spec.dtype).removeprefix("torch.")} for name, spec in specs.items()},
         skipped=data.tokens.skipped,
     )
+
+
+@dataclass
+class RankReport:
+    """What the ranks tell each other before they begin."""
+
+    identity: dict[str, Any] = field(default_factory=dict)
+    published: set[int] = field(default_factory=set)
+    failure: ExactivationsError | None = None
+    host: str = field(default_factory=socket.gethostname)
+    process: int = field(default_factory=os.getpid)
 
 
 class WriterThread:
@@ -258,7 +286,13 @@ def _gather(value: Any) -> list[Any]:
     return values
 
 
-def _launched_from_outside(trainer: pl.Trainer) -> bool:
-    """Whether torchrun, SLURM or the like started the ranks, and not Lightning's rank 0."""
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    return environment is None or bool(environment.creates_processes_externally)
+def _first_disagreement(ranks: list[RankReport]) -> IdentityError | None:
+    """Says how the first rank that computes something else than rank 0 (another kind of GPU, another file) differs from it."""
+    for number, rank in enumerate(ranks):
+        differing = [name for name in ranks[0].identity if rank.identity.get(name) != ranks[0].identity[name]]
+        if differing:
+            return IdentityError(
+                f"rank {number} on {rank.host} does not compute the same as rank 0 on {ranks[0].host}:\n"
+                + "\n".join(f"  {name}: {ranks[0].identity[name]!r} there, {rank.identity.get(name)!r} here" for name in differing)
+            )
+    return None

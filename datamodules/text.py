@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from exactivations.datamodules.embedded import resolve_model
 from exactivations.datamodules.plan import Plan, PlanOptions, plan
 from exactivations.datamodules.sources import load_source
 from exactivations.datamodules.tokenization import TextOptions, TokenTable, tokenize, tokenizer_hash
@@ -30,7 +31,7 @@ class TextDataModule(pl.LightningDataModule):
 
     Args:
         source: See `load_source`: "demo", a hub id, a file, a folder, a list of texts, or a `datasets.Dataset`.
-        tokenizer: A tokenizer, or the name that `AutoTokenizer` loads it by.
+        tokenizer: A tokenizer, or the name that `AutoTokenizer` loads it by, or "demo".
         config: Configuration of a hub dataset.
         split: For example "train[:1000]".
         keep_columns: Columns of the dataset that go into samples.parquet; None keeps all.
@@ -76,7 +77,7 @@ class TextDataModule(pl.LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded when it is first needed."""
         if isinstance(self._tokenizer, str):
-            loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._tokenizer)
+            loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_model(self._tokenizer))
             return loaded
         return self._tokenizer
 

@@ -10,7 +10,7 @@ layers; the rest is found beside and inside them by class and attribute names. W
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -223,10 +223,8 @@ def reading(
                 handles.append(module.register_forward_pre_hook(hook_for(point), with_kwargs=True))
             else:
                 handles.append(module.register_forward_hook(hook_for(point), with_kwargs=True))
-        try:
+        with suppress(_AllRead):
             yield
-        except _AllRead:
-            pass
     finally:
         for handle in handles:
             handle.remove()

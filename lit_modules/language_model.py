@@ -3,7 +3,6 @@
 import inspect
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,9 +10,9 @@ import xxhash
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from exactivations.datamodules.embedded import resolve_model
 from exactivations.store.errors import InvalidInputError
 
-DEMO_MODEL = Path(__file__).parent / "demo_model"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,11 +37,6 @@ class ModelOptions:
             raise InvalidInputError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
-def resolve_model(name: str) -> str:
-    """Returns the path of the embedded model for "demo", and any other name as it is."""
-    return str(DEMO_MODEL) if name == "demo" else name
-
-
 def load_model(name: str, options: ModelOptions, device_type: str) -> PreTrainedModel:
     """Loads the model's body (no head) onto the host, in evaluation mode and without a cache.
 
@@ -57,7 +51,8 @@ def load_model(name: str, options: ModelOptions, device_type: str) -> PreTrained
         )
     except (OSError, ValueError, ImportError) as error:
         raise InvalidInputError(f"model {name!r} could not be loaded: {error}") from error
-    return model.train(False)
+    model.train(False)
+    return model
 
 
 def load_skeleton(name: str, options: ModelOptions) -> PreTrainedModel:
@@ -76,7 +71,8 @@ def load_skeleton(name: str, options: ModelOptions) -> PreTrainedModel:
             )
     except (OSError, ValueError, ImportError) as error:
         raise InvalidInputError(f"model {name!r} could not be loaded: {error}") from error
-    return model.train(False)
+    model.train(False)
+    return model
 
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -104,7 +104,7 @@ def extract(
     from exactivations.datamodules.tokenization import TextOptions
     from exactivations.lit_modules.extraction import ActivationExtractor, check_lengths
     from exactivations.lit_modules.hook_points import resolve_hook_points
-    from exactivations.lit_modules.language_model import ModelOptions, load_skeleton, resolve_model
+    from exactivations.lit_modules.language_model import ModelOptions, load_skeleton
 
     options = ModelOptions(revision, dtype, attn_implementation, trust_remote_code)
     skeleton = load_skeleton(model, options)
@@ -115,16 +115,16 @@ def extract(
         shard_tokens = default_shard_tokens(skeleton.config.hidden_size, len(names), poolings, store_dtype or dtype, token_budget)
     data = TextDataModule(
         dataset,
-        tokenizer or resolve_model(model),
+        tokenizer or model,
         config=config_name,
         split=split,
         keep_columns=keep,
         num_samples=num_samples,
         sample_seed=sample_seed,
         text=TextOptions(
-            text_column=text_column, template=template, messages_column=messages_column, add_generation_prompt=add_generation_prompt,
-            add_special_tokens=add_special_tokens, token_mask=token_mask, max_length=max_length, truncation_side=truncation_side,
-            on_empty=on_empty,
+            text_column=text_column, template=template, messages_column=messages_column, max_length=max_length,
+            add_generation_prompt=add_generation_prompt, add_special_tokens=add_special_tokens, token_mask=token_mask,
+            truncation_side=truncation_side, on_empty=on_empty,
         ),
         plan_options=PlanOptions(token_budget, shard_tokens, padding, max_padded_share),
         tokenizer_processes=tokenizer_processes,
@@ -198,57 +198,39 @@ def threads_of_run(out: str, overwrite: bool) -> int | None:
 
 def tell_plan(data: "TextDataModule", out: str) -> None:
     """Prints what will be done, and what a user should know before it is."""
-    plan, tokens = data.plan, data.tokens
-    truncated = int(tokens.truncated.sum())
-    print(
-        f"{len(tokens):,} samples, {int(plan.lengths.sum()):,} tokens, {plan.n_batches:,} batches, {plan.n_shards:,} shards -> {out}"
-    )
-    if truncated:
+    plan, tokens, budget = data.plan, data.tokens, data.plan_options.token_budget
+    n_tokens = int(plan.lengths.sum())
+    print(f"{len(tokens):,} samples, {n_tokens:,} tokens, {plan.n_batches:,} batches, {plan.n_shards:,} shards -> {out}")
+    if truncated := int(tokens.truncated.sum()):
         print(f"{truncated:,} samples were cut to {data.text.max_length} tokens ({data.text.truncation_side} end)")
-    if tokens.skipped:
-        print(
-            f"{len(tokens.skipped):,} empty samples are left out: {', '.join(map(str, tokens.skipped[:10]))}{' ...' if len(tokens.skipped) > 10 else ''}"
-        )
-    longest = int(plan.lengths.max())
-    if longest > data.plan_options.token_budget:
-        n = int((plan.lengths > data.plan_options.token_budget).sum())
-        print(
-            f"{n:,} samples are longer than the token budget of {data.plan_options.token_budget} (the longest has {longest} tokens): each runs alone"
-        )
+    if skipped := tokens.skipped:
+        shown = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
+        print(f"{len(skipped):,} empty samples are left out: {shown}")
+    if over := int((plan.lengths > budget).sum()):
+        longest = int(plan.lengths.max())
+        print(f"{over:,} samples are longer than the token budget of {budget:,} (the longest has {longest:,}): each runs alone")
 
 
 def tell_result(
     writer: "ActivationWriter", data: "TextDataModule", progress: "TokenProgress", extractor: "ActivationExtractor", world_size: int
 ) -> None:
     """Prints what was written, where, how fast, and how to read it."""
+    from exactivations.scripts.show import how_to_read
+
     assert writer.info is not None
-    folder, plan = writer.folder, data.plan
+    folder, n_shards = writer.folder, data.plan.n_shards
     published = folder.published(writer.info)
     size = sum(folder.shard_path(shard).stat().st_size for shard in published)
-    kept = len(data.skip_shards)
-    print(
-        f"wrote {len(published) - kept} shards"
-        + (f" ({kept} were there already)" if kept else "")
-        + f", {size / 1e6:,.1f} MB in all, to {folder.path}"
-    )
+    before = len(data.skip_shards)
+    there = f" ({before:,} were there already)" if before else ""
+    print(f"wrote {len(published) - before:,} shards{there}, {size / 1e6:,.1f} MB in all, to {folder.path}")
     rate = (
         f"{progress.n_tokens / progress.seconds:,.0f} tokens/s{' on rank 0' if world_size > 1 else ''}, "
         if progress.seconds
         else ""
     )
-    print(f"{rate}{plan.padded_share:.1%} padding; {', '.join(extractor.specs())}")
-    if len(published) < plan.n_shards:
-        print(f"{plan.n_shards - len(published)} shards are in other nodes' folders: copy all folders into one to read them")
-        return
-    hook_point, _, pooling = next(iter(extractor.specs())).rpartition("/")
-    how = (
-        f'for block in store.tokens("{hook_point}"): ...'
-        if pooling == "tokens"
-        else f'rows = store.pooled("{hook_point}", "{pooling}")'
-    )
-    print(
-        "read it with\n"
-        "    from exactivations.store import ActivationStore\n"
-        f'    store = ActivationStore("{folder.path}")\n'
-        f"    {how}"
-    )
+    print(f"{rate}{data.plan.padded_share:.1%} padding; {', '.join(extractor.specs())}")
+    if len(published) < n_shards:
+        print(f"{n_shards - len(published):,} shards are in other nodes' folders: copy all folders into one to read them")
+    else:
+        print(how_to_read(str(folder.path), next(iter(extractor.specs()))))

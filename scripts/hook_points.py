@@ -1,5 +1,6 @@
 """`exactivations hook-points`: what can be read from a model."""
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,9 +50,11 @@ def shapes_without_weights(skeleton: "PreTrainedModel", points: "list[HookPoint]
 
     shapes: dict[str, str] = {}
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.no_grad(), mode, reading(skeleton, points, lambda name, state: shapes.update({name: f"[B, L, {state.shape[-1]}]"})):
-        try:
-            skeleton(input_ids=torch.zeros(1, 4, dtype=torch.int64, device="meta"), **forward_arguments(skeleton))
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            pass  # the caller tells which shapes are missing
+
+    def note(name: str, state: torch.Tensor) -> None:
+        shapes[name] = f"[B, L, {state.shape[-1]}]"
+
+    unknowable = (DataDependentOutputException, DynamicOutputShapeException)  # the caller tells which shapes are missing
+    with suppress(*unknowable), torch.no_grad(), mode, reading(skeleton, points, note):
+        skeleton(input_ids=torch.zeros(1, 4, dtype=torch.int64, device="meta"), **forward_arguments(skeleton))
     return shapes

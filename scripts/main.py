@@ -49,7 +49,8 @@ def command_line_parser() -> jsonargparse.ArgumentParser:
         description="Language-model activations that provably belong to the sample and token they are filed under.",
     )  # fmt: skip
     assert parser._subcommands_action is not None
-    for command in parser._subcommands_action._name_parser_map.values():
+    for name, command in parser._subcommands_action._name_parser_map.items():
+        command.usage = _usage(name)
         for action in command._actions:
             for option in [option for option in action.option_strings if option.startswith("--")]:
                 command._option_string_actions[option.replace("_", "-")] = action
@@ -57,8 +58,16 @@ def command_line_parser() -> jsonargparse.ArgumentParser:
     return parser
 
 
+def _usage(name: str) -> str:
+    """Returns one line with what must be given; the options themselves are listed further down in the help."""
+    required = [p for p in inspect.signature(COMMANDS[name]).parameters.values() if p.default is p.empty]
+    words = [f"--{p.name} {p.name.upper()}" if p.kind is p.KEYWORD_ONLY else p.name for p in required]
+    return f"exactivations {name} {' '.join(words)} [options]"
+
+
 def to_parser_spelling(args: list[str]) -> list[str]:
     """Translates `--layers 1 3` to `--layers=[1, 3]`, and a bare `--overwrite` to `--overwrite=true`, for the parser."""
+    args = [arg.replace("--print-config", "--print_config") for arg in args]
     command = next((arg for arg in args if arg in COMMANDS), None)
     if command is None:
         return args
@@ -102,6 +111,7 @@ def _quieten() -> None:
         "lightning.fabric.utilities.distributed",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)  # not their parents: those set their own level when imported
+    warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # nothing left to do
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # a batch is a copy from a memory map
     warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")  # the user chose

@@ -11,34 +11,36 @@ def show(run: str, *, checksums: bool = False) -> None:
     from exactivations.store.activation_store import ActivationStore
 
     store = ActivationStore(run, allow_incomplete=True, verify_checksums=checksums)
-    info, folder = store.info, store.folder
+    info, about = store.info, store.info.about
     missing = info.n_shards - len(store.published)
-    size = sum(folder.shard_path(shard).stat().st_size for shard in store.published)
-    state = "complete" if not missing else f"INCOMPLETE: {missing} shards are missing; the same extract command goes on"
+    state = "complete" if not missing else f"INCOMPLETE: {missing:,} shards are missing; the same extract command goes on"
+    size = sum(store.folder.shard_path(shard).stat().st_size for shard in store.published)
+    padding = 1 - info.n_tokens / info.n_computed_tokens
+    split = f" {about['split']}" if about["split"] else ""
+    model = f"{info.identity['model_class']}, {info.identity['dtype']}, weights {info.identity['model'][:12]}"
     print(f"{run}: {state}{'; all checksums agree' if checksums else ''}")
-    print(
-        f"  model      {info.about['model']} ({info.identity['model_class']}, {info.identity['dtype']}, weights {info.identity['model'][:12]})"
-    )
-    print(
-        f"  dataset    {info.about['dataset']}{' ' + info.about['split'] if info.about['split'] else ''}, column {info.about['text_column']}"
-    )
-    print(
-        f"  samples    {len(store):,} of {info.n_samples:,}, {info.n_tokens:,} tokens, {info.about['n_truncated']:,} truncated, {len(info.skipped):,} skipped as empty"
-    )
-    print(
-        f"  shards     {len(store.published):,} of {info.n_shards:,}, {size / 1e6:,.1f} MB, {1 - info.n_tokens / info.n_computed_tokens:.1%} padding computed, none stored"
-    )
-    print(f"  columns    {', '.join(store.samples.column_names)}")
+    print(f"  model     {about['model']} ({model})")
+    print(f"  dataset   {about['dataset']}{split}, column {about['text_column']}")
+    print(f"  samples   {len(store):,} of {info.n_samples:,}; {about['n_truncated']:,} cut, {len(info.skipped):,} skipped as empty")
+    print(f"  tokens    {info.n_tokens:,}; {padding:.1%} padding computed, none stored")
+    print(f"  shards    {len(store.published):,} of {info.n_shards:,}, {size / 1e6:,.1f} MB")
+    print(f"  columns   {', '.join(store.samples.column_names)}")
+    print("  activations")
     for name, spec in info.activations.items():
         rows = info.n_tokens if spec["per_token"] else info.n_samples
-        print(f"  {name:<26} [{rows:,}, {spec['width']}] {spec['dtype']}")
+        print(f"    {name:<28} [{rows:,}, {spec['width']:,}] {spec['dtype']}")
     for change in info.changes:
-        print(f"  changed on the way: {', '.join(f'{name} from {was} to {now}' for name, (was, now) in change['fields'].items())}")
-    hook_point, _, pooling = store.names[0].rpartition("/")
-    print("read it with\n    from exactivations.store import ActivationStore")
-    print(f'    store = ActivationStore("{run}"{", allow_incomplete=True" if missing else ""})')
-    print(
-        f'    for block in store.tokens("{hook_point}"): ...'
-        if pooling == "tokens"
-        else f'    rows = store.pooled("{hook_point}", "{pooling}")'
-    )
+        changes = ", ".join(f"{name} from {was} to {now}" for name, (was, now) in change["fields"].items())
+        print(f"  changed on the way: {changes}")
+    print(how_to_read(run, store.names[0], incomplete=bool(missing)))
+
+
+def how_to_read(run: str, name: str, *, incomplete: bool = False) -> str:
+    """Returns the three lines of Python that read an activation of a store."""
+    hook_point, _, pooling = name.rpartition("/")
+    if pooling == "tokens":
+        read = f'for block in store.tokens("{hook_point}"): print(block.sample_index, block.values.shape)'
+    else:
+        read = f'rows = store.pooled("{hook_point}", "{pooling}")'
+    opened = f'store = ActivationStore("{run}"{", allow_incomplete=True" if incomplete else ""})'
+    return "\n    ".join(["read it with", "from exactivations.store import ActivationStore", opened, read])

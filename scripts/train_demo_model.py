@@ -1,10 +1,11 @@
 """Trains the demo language model and its tokenizer on the source of Python's standard library.
 
-Not a command of the package: it is run once by its developers, and its result ships in `lit_modules/demo_model`.
+Not a command of the package: it is run once by its developers, and its result ships in `datamodules/demo_model`.
 From the repository's root, after `make setup`: `.venv/bin/python scripts/train_demo_model.py` (an hour or more on two cores).
 """
 
 import math
+import platform
 import time
 from pathlib import Path
 
@@ -22,7 +23,7 @@ CONTEXT = 1024
 
 
 def train_demo_model(
-    out: Path = Path("lit_modules/demo_model"),
+    out: Path = Path("datamodules/demo_model"),
     steps: int = 4000,
     tokens_per_step: int = 4096,
     muon_lr: float = 8e-3,
@@ -52,7 +53,8 @@ def train_demo_model(
     model = GPTNeoXForCausalLM(
         GPTNeoXConfig(
             vocab_size=len(tokenizer), hidden_size=160, num_hidden_layers=4, num_attention_heads=5, intermediate_size=640,
-            max_position_embeddings=CONTEXT, rotary_pct=0.5, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=1,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=1,
         )
     )  # fmt: skip
     compiled = torch.compile(model)
@@ -68,8 +70,8 @@ def train_demo_model(
     for step in range(steps):
         length = CONTEXT // 2 if step < 0.75 * steps else CONTEXT  # long contexts cost more and pay at the end
         batch = sample_windows(streams, tokens_per_step // length, length, generator)
-        loss = compiled(input_ids=batch, labels=batch, use_cache=False).loss
-        loss.backward()
+        loss: Tensor = compiled(input_ids=batch, labels=batch, use_cache=False).loss
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
             optimizer.step()
@@ -80,7 +82,9 @@ def train_demo_model(
             print(f"step {step}: loss {running:.3f} nats per token, {time.monotonic() - started:.0f} s", flush=True)
 
     minutes = (time.monotonic() - started) / 60
-    model.half().save_pretrained(out)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.half()
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     bits = bits_per_character(GPTNeoXForCausalLM.from_pretrained(out, dtype=torch.float32), tokenizer, held_out)
     print(f"held-out modules: {bits:.4f} bits per character", flush=True)
@@ -118,7 +122,7 @@ def train_tokenizer(texts: list[str], vocab_size: int = 4096) -> PreTrainedToken
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT, PADDING], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]  # transformers has no annotation there
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT, pad_token=PADDING,
         model_max_length=CONTEXT,
     )  # fmt: skip
@@ -144,7 +148,7 @@ def sample_windows(streams: list[Tensor], n: int, length: int, generator: torch.
 
 
 class Float32Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024) with updates scaled to AdamW's size; torch's own iterates in bfloat16, ten times slower on a CPU."""
+    """Muon (Jordan et al., 2024), updates scaled to AdamW's size. Torch's own iterates in bfloat16, ten times slower on a CPU."""
 
     def __init__(self, params: list[torch.nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
@@ -167,7 +171,8 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     for _ in range(5):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+    update: Tensor = x.T if matrix.shape[0] > matrix.shape[1] else x
+    return update
 
 
 def schedule(step: int, steps: int) -> float:
@@ -178,7 +183,7 @@ def schedule(step: int, steps: int) -> float:
 @torch.inference_mode()
 def bits_per_character(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> float:
     """Returns the model's loss on the texts in bits per character, each token with at least half a context before it."""
-    model.eval()
+    model.train(False)
     nats = 0.0
     for text in texts:
         ids = encode_stream(tokenizer, [text])
@@ -194,8 +199,6 @@ def model_card(
     n_parameters: int, vocab_size: int, steps: int, tokens_per_step: int, minutes: float, bits: float, held_out: list[str]
 ) -> str:
     """Returns the model card with the figures of this training run."""
-    import platform
-
     return f"""---
 language: code
 library_name: transformers
@@ -204,12 +207,13 @@ license: psf-2.0
 # The demo model of exactivations
 
 A small causal language model of Python source (GPT-NeoX architecture: 4 blocks, width 160, 5 heads, rotary positions, parallel
-residual, tied embedding; {n_parameters:,} parameters; byte-level BPE, {vocab_size:,} tokens; context {CONTEXT}; weights in float16).
+residual, tied embedding; {n_parameters:,} parameters; byte-level BPE, {vocab_size:,} tokens; context {CONTEXT}; float16).
 It is there so that every example and test runs on a *trained* model without a network. It is not meant for anything else.
 
-- **Trained on**: the source of the standard library of Python {platform.python_version()} and of its tests, as found through `sysconfig` on
-  the machine of training; generated tables left out. {steps:,} steps of {tokens_per_step:,} tokens, Muon and AdamW,
-  {minutes:.0f} minutes on two CPU cores, by `scripts/train_demo_model.py`.
+- **Trained on**: the source of the standard library of Python {platform.python_version()} and of its tests, as found
+  through `sysconfig` on the machine of training; generated tables left out.
+  {steps:,} steps of {tokens_per_step:,} tokens, Muon and AdamW, {minutes:.0f} minutes on two CPU cores,
+  by `scripts/train_demo_model.py`.
 - **Held out**, with their tests: {", ".join(f"`{name}`" for name in sorted(HELD_OUT))}
   ({sum(map(len, held_out)):,} characters).
 - **Loss on the held-out modules**: **{bits:.3f} bits per character** (the shipped float16 weights, run in float32; every token

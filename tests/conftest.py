@@ -1,0 +1,12 @@
+"""Set up before anything of the package is imported: no network, and tensor shapes checked at run time."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("exactivations.lit_modules.pooling", "beartype.beartype")
