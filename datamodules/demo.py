@@ -8,7 +8,6 @@ import ast
 import os
 import sys
 import sysconfig
-import textwrap
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,9 @@ LABELS = ("has_docstring", "is_method", "is_generator", "raises", "calls_dangero
 """Columns of the demo dataset that are booleans, true by construction."""
 
 DANGEROUS_BUILTINS = frozenset({"eval", "exec", "compile"})
-DANGEROUS_CALLS = frozenset({"os.system", "pickle.load", "pickle.loads", "marshal.load", "marshal.loads"})
+DANGEROUS_CALLS = frozenset({"os.system", "pickle.load", "pickle.loads", "marshal.load", "marshal.loads"}) | frozenset(
+    f"builtins.{name}" for name in DANGEROUS_BUILTINS
+)
 DANGEROUS_MODULES = ("subprocess.", "ctypes.")
 
 # Linux distributions ship these apart from the interpreter or not at all, and `this` and `antigravity` act when imported.
@@ -61,8 +62,10 @@ def _distinct_functions(sources: tuple[tuple[str, str], ...], key: str) -> Itera
 
 
 def _is_everywhere(module: str) -> bool:
-    package = module.partition(".")[0]
-    return package in sys.stdlib_module_names and package not in NOT_EVERYWHERE
+    parts = module.split(".")
+    if not {"test", "tests"}.isdisjoint(parts):  # some packages have their tests inside, and distributions leave them out
+        return False
+    return parts[0] in sys.stdlib_module_names and parts[0] not in NOT_EVERYWHERE
 
 
 def library_sources() -> Iterator[tuple[str, Path]]:
@@ -92,12 +95,14 @@ def functions_of(source: str, module: str) -> Iterator[dict[str, str | bool | in
     tree = ast.parse(source)
     lines = source.split("\n")  # not splitlines(): a form feed inside a line would shift every later line number
     imports = _imported_names(tree)
-    defined = {node.name for node in tree.body if isinstance(node, FunctionNode | ast.ClassDef)}
-    for node, qualified_name, is_method in _outer_functions(tree.body, prefix="", in_class=False):
+    defined = _assigned_names(list(_own_nodes(tree)))
+    defined |= {node.name for node in tree.body if isinstance(node, FunctionNode | ast.ClassDef)}
+    for node, qualified_name, is_method in _outer_functions(tree, prefix="", in_class=False):
         first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-        inside = list(_own_nodes(node))
+        inside, everything = list(_own_nodes(node)), list(ast.walk(node))
+        own_names = defined | _assigned_names(everything)
         yield {
-            "text": textwrap.dedent("\n".join(lines[first - 1 : node.end_lineno])).rstrip(),
+            "text": "\n".join(_dedented(line, node.col_offset) for line in lines[first - 1 : node.end_lineno]).rstrip(),
             "name": qualified_name,
             "module": module,
             "held_out": module.partition(".")[0] in HELD_OUT,
@@ -106,21 +111,23 @@ def functions_of(source: str, module: str) -> Iterator[dict[str, str | bool | in
             "is_method": is_method,
             "is_generator": any(isinstance(n, ast.Yield | ast.YieldFrom) for n in inside),
             "raises": any(isinstance(n, ast.Raise) for n in inside),
-            "calls_dangerous": any(_is_dangerous(call, imports, defined) for call in ast.walk(node) if isinstance(call, ast.Call)),
+            "calls_dangerous": any(_is_dangerous(call, imports, own_names) for call in everything if isinstance(call, ast.Call)),
         }
 
 
-def _outer_functions(body: list[ast.stmt], prefix: str, in_class: bool) -> Iterator[tuple[FunctionNode, str, bool]]:
-    for node in body:
-        if isinstance(node, FunctionNode):
-            yield node, prefix + node.name, in_class
-        elif isinstance(node, ast.ClassDef):
-            yield from _outer_functions(node.body, f"{prefix}{node.name}.", in_class=True)
-        elif isinstance(node, ast.If | ast.Try | ast.With):
-            for block in ("body", "orelse", "finalbody"):
-                yield from _outer_functions(getattr(node, block, []), prefix, in_class)
-            for handler in getattr(node, "handlers", []):
-                yield from _outer_functions(handler.body, prefix, in_class)
+def _dedented(line: str, indent: int) -> str:
+    """Takes a function's own indentation away. Lines of strings and comments may have less than that, and stay."""
+    return line[indent:] if line[:indent].isspace() else line
+
+
+def _outer_functions(node: ast.AST, prefix: str, in_class: bool) -> Iterator[tuple[FunctionNode, str, bool]]:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, FunctionNode):
+            yield child, prefix + child.name, in_class
+        elif isinstance(child, ast.ClassDef):
+            yield from _outer_functions(child, f"{prefix}{child.name}.", in_class=True)
+        elif isinstance(child, ast.stmt | ast.ExceptHandler | ast.match_case):
+            yield from _outer_functions(child, prefix, in_class)
 
 
 def _own_nodes(function: ast.AST) -> Iterator[ast.AST]:
@@ -129,6 +136,12 @@ def _own_nodes(function: ast.AST) -> Iterator[ast.AST]:
         if not isinstance(child, FunctionNode | ast.Lambda | ast.ClassDef):
             yield child
             yield from _own_nodes(child)
+
+
+def _assigned_names(nodes: list[ast.AST]) -> set[str]:
+    """Names that are assigned or are parameters: they hide builtins of the same name."""
+    stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return stored | {node.arg for node in nodes if isinstance(node, ast.arg)}
 
 
 def _imported_names(tree: ast.Module) -> dict[str, str]:

@@ -4,6 +4,7 @@ A pure function of the lengths and `PlanOptions`, and of nothing else: not of th
 what was done before. So it can be made again anywhere, and it doubles as the index of the store.
 """
 
+import bisect
 import heapq
 from dataclasses import dataclass
 from functools import cached_property
@@ -139,9 +140,13 @@ class Plan:
         return np.add.reduceat(self.batch_cost, self.shard_start[:-1])
 
     @property
-    def heaviest_batch(self) -> int:
-        """The batch with the most tokens, the longest of those: if it fits into memory, all do."""
-        return int(np.lexsort((-self.batch_length, -self.batch_tokens))[0])
+    def heaviest_batches(self) -> list[int]:
+        """The batches that need the most memory: the one with the most tokens and the one with the largest B x L x L.
+
+        If these fit, all do, whether memory grows with the tokens of a batch or, as in `eager` attention, with its L x L scores.
+        """
+        by_tokens = int(np.lexsort((-self.batch_length, -self.batch_tokens))[0])
+        return sorted({by_tokens, int((self.batch_tokens * self.batch_length).argmax())})
 
     @property
     def padded_share(self) -> float:
@@ -175,14 +180,18 @@ def plan(lengths: Any, options: PlanOptions) -> Plan:
 
     Invariants: every sample is in exactly one batch; no batch holds more than `token_budget` tokens unless it is one sample;
     without padding a batch has one length, with it no batch is padded by more than `max_padded_share`; numbers of batches of
-    any two shards differ by at most one; inside a shard the longest batch comes first.
+    any two shards differ by at most one, and so do their numbers of batches that are at least so long, for every length (this
+    makes each shard a fair sample of the batches); inside a shard the longest batch comes first.
 
     Raises:
-        InvalidInputError: If there are no lengths or one of them is below 1.
+        InvalidInputError: If there are no lengths, or one of them is below 1 or no whole number.
     """
-    lengths = np.asarray(lengths, dtype=np.int64)
+    lengths = np.asarray(lengths)
     if lengths.ndim != 1 or not len(lengths):
-        raise InvalidInputError(f"cannot plan zero samples (lengths have shape {list(lengths.shape)})")
+        raise InvalidInputError(f"cannot plan zero samples (lengths have shape {list(lengths.shape)}, expected [n] with n > 0)")
+    if lengths.dtype.kind not in "iu":
+        raise InvalidInputError(f"lengths must be whole numbers, got {lengths.dtype}")
+    lengths = lengths.astype(np.int64)
     if lengths.min() < 1:
         sample = int(lengths.argmin())
         raise InvalidInputError(f"sample {sample} has {lengths[sample]} tokens; every planned sample needs at least 1")
@@ -216,18 +225,26 @@ def _cut_equal_lengths(sorted_lengths: IntArray, options: PlanOptions) -> IntArr
 
 def _cut_neighbouring_lengths(sorted_lengths: IntArray, options: PlanOptions) -> IntArray:
     """Returns batch sizes that take neighbours, longest first, as long as budget and padded share allow."""
-    total = np.concatenate([[0], np.cumsum(sorted_lengths)])
+    lengths = sorted_lengths.tolist()
+    total = [0, *np.cumsum(sorted_lengths).tolist()]
     sizes = []
     first = 0
-    while first < len(sorted_lengths):
-        longest = int(sorted_lengths[first])
-        capacity = min(max(1, options.token_budget // longest), len(sorted_lengths) - first)
-        n = np.arange(1, capacity + 1)
-        padded_share = 1 - (total[first + n] - total[first]) / (n * longest)  # grows with n, as lengths only fall
-        size = int(np.searchsorted(padded_share, options.max_padded_share, side="right"))
+    while first < len(lengths):
+        longest = lengths[first]
+        capacity = min(max(1, options.token_budget // longest), len(lengths) - first)
+        size = capacity
+        if longest * capacity > total[first + capacity] - total[first]:
+
+            def is_padded_too_much(n: int, first: int = first, longest: int = longest) -> bool:
+                computed = n * longest
+                padding: int = computed - (total[first + n] - total[first])
+                return padding > options.max_padded_share * computed
+
+            # The padded share grows with n, as lengths only fall; one sample alone has none.
+            size = bisect.bisect_left(range(1, capacity + 1), True, key=is_padded_too_much)
         sizes.append(size)
         first += size
-    return np.array(sizes)
+    return np.array(sizes, dtype=np.int64)
 
 
 def _shard_of_batch(n_batches: int, shards: int) -> IntArray:

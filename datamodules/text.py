@@ -32,6 +32,8 @@ class TextDataModule(pl.LightningDataModule):
     Args:
         source: See `load_source`: "demo", a hub id, a file, a folder, a list of texts, or a `datasets.Dataset`.
         tokenizer: A tokenizer, or the name that `AutoTokenizer` loads it by, or "demo".
+        tokenizer_revision: Branch, tag or commit of a hub tokenizer: that of the model it belongs to.
+        trust_remote_code: Whether code from the tokenizer's repository may run here.
         config: Configuration of a hub dataset.
         split: For example "train[:1000]".
         keep_columns: Columns of the dataset that go into samples.parquet; None keeps all.
@@ -47,14 +49,13 @@ class TextDataModule(pl.LightningDataModule):
         InvalidInputError: In `setup`, for anything about the dataset or options that cannot be used as asked.
     """
 
-    # A rank without batches is ordinary here (fewer shards than ranks), and every rank still reaches every collective.
-    allow_zero_length_dataloader_with_multiple_devices = True
-
     def __init__(
         self,
-        source: str | Path | list[str] | datasets.Dataset,
-        tokenizer: str | PreTrainedTokenizerBase,
+        source: str | Path | list[str] | datasets.Dataset | datasets.DatasetDict,
+        tokenizer: str | Path | PreTrainedTokenizerBase,
         *,
+        tokenizer_revision: str | None = None,
+        trust_remote_code: bool = False,
         config: str | None = None,
         split: str | None = None,
         keep_columns: list[str] | None = None,
@@ -66,20 +67,29 @@ class TextDataModule(pl.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        # A rank without batches is ordinary here (fewer shards than ranks), and every rank still reaches every collective.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+        if sample_seed is not None and num_samples is None:
+            raise InvalidInputError("sample_seed chooses num_samples samples at random: say how many")
         self.source, self.config, self.split = source, config, split
         self.keep_columns, self.num_samples, self.sample_seed = keep_columns, num_samples, sample_seed
         self.text, self.plan_options = text or TextOptions(), plan_options or PlanOptions()
         self.tokenizer_processes, self.num_workers = tokenizer_processes, num_workers
         self.skip_shards: frozenset[int] = frozenset()
-        self._tokenizer = tokenizer
+        self._tokenizer, self.tokenizer_revision, self.trust_remote_code = tokenizer, tokenizer_revision, trust_remote_code
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded when it is first needed."""
-        if isinstance(self._tokenizer, str):
-            loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolve_model(self._tokenizer))
-            return loaded
-        return self._tokenizer
+        if not isinstance(self._tokenizer, str | Path):
+            return self._tokenizer
+        try:
+            loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                resolve_model(str(self._tokenizer)), revision=self.tokenizer_revision, trust_remote_code=self.trust_remote_code
+            )
+        except (OSError, ValueError, ImportError) as error:
+            raise InvalidInputError(f"tokenizer {str(self._tokenizer)!r} could not be loaded: {error}") from error
+        return loaded
 
     def prepare_data(self) -> None:
         """Tokenizes into the cache, on one process of each node; the others then find it there."""
@@ -87,12 +97,12 @@ class TextDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str = "predict") -> None:
         """Loads, tokenizes (from the cache if it was done before) and plans. Doing it twice costs nothing."""
-        _ = self.samples
+        _ = self.columns, self.plan
 
     @cached_property
     def full_dataset(self) -> datasets.Dataset:
         """The dataset as given: sample indices are positions in it."""
-        full = load_source(self.source, self.config, self.split, self.text.text_column)
+        full = load_source(self.source, self.config, self.split, self.text.text_column).with_format(None)
         if not len(full):
             raise InvalidInputError("the dataset has no samples")
         return full
@@ -121,10 +131,10 @@ class TextDataModule(pl.LightningDataModule):
         return plan(self.tokens.n_tokens, self.plan_options)
 
     @cached_property
-    def samples(self) -> pa.Table:
-        """The table of all samples in dataset order: the content of samples.parquet."""
-        available = self.full_dataset.column_names
-        columns = available if self.keep_columns is None else self.keep_columns
+    def columns(self) -> list[str]:
+        """The columns of the dataset that are kept."""
+        available: list[str] = self.full_dataset.column_names
+        columns = available if self.keep_columns is None else list(dict.fromkeys(self.keep_columns))
         for name in columns:
             if name not in available:
                 raise InvalidInputError(f"the dataset has no column {name!r} to keep; it has {', '.join(available)}")
@@ -132,8 +142,13 @@ class TextDataModule(pl.LightningDataModule):
                 raise InvalidInputError(
                     f"the dataset's column {name!r} has a name that the store uses itself: rename it, or keep other columns"
                 )
-        kept = self.full_dataset.select_columns(columns).with_format("arrow")
-        table = kept[self.tokens.sample_index] if columns else pa.table({})
+        return columns
+
+    @property
+    def samples(self) -> pa.Table:
+        """The table of all samples in dataset order: the content of samples.parquet. Made anew each time, as it can be large."""
+        kept = self.full_dataset.select_columns(self.columns).with_format("arrow")
+        table = kept[self.tokens.sample_index] if self.columns else pa.table({})
         own = {
             "sample_index": self.tokens.sample_index,
             "n_tokens": self.tokens.n_tokens.astype(np.int32),
@@ -142,7 +157,7 @@ class TextDataModule(pl.LightningDataModule):
             "shard": self.plan.shard_of_sample.astype(np.int32),
             "row": self.plan.row_of_sample.astype(np.int32),
         }
-        return pa.table({**own, **{name: table.column(name).combine_chunks() for name in columns}})
+        return pa.table({**own, **{name: table.column(name).combine_chunks() for name in self.columns}})
 
     def identity(self) -> dict[str, Any]:
         """What of the data decides the values of a run, by field name."""
@@ -172,9 +187,10 @@ class TextDataModule(pl.LightningDataModule):
         """Returns the shards that a rank computes, in the order in which it does."""
         return self.plan.assign(world_size, self.skip_shards)[rank]
 
-    def heaviest_batch(self) -> TokenBatch:
-        """Returns the batch that needs the most memory, to be tried before anything is kept."""
-        return PlannedBatches(self.tokens, self.plan, []).batch(self.plan.heaviest_batch)
+    def heaviest_batches(self) -> list[TokenBatch]:
+        """Returns the batches that need the most memory, to be tried before anything is kept."""
+        batches = PlannedBatches(self.tokens, self.plan, [])
+        return [batches.batch(number) for number in self.plan.heaviest_batches]
 
 
 class PlannedBatches(Dataset[TokenBatch]):

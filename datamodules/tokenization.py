@@ -4,6 +4,7 @@ Every sample leaves here with what identifies it from then on: its index in the 
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 import xxhash
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers import __version__ as transformers_version
 
 from exactivations.store.errors import InvalidInputError
 
@@ -30,6 +32,9 @@ FEATURES = datasets.Features(
     }
 )
 PLACEHOLDER = "{text}"
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+EMPTY = "is empty"
+CHOICES = {"token_mask": ("content", "assistant", "all"), "truncation_side": ("left", "right"), "on_empty": ("error", "skip")}
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,9 @@ class TextOptions:
             raise InvalidInputError("token_mask='assistant' needs a messages_column: plain texts have no assistant")
         if self.max_length is not None and self.max_length < 1:
             raise InvalidInputError(f"max_length must be at least 1, got {self.max_length}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InvalidInputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
     @property
     def column(self) -> str:
@@ -81,12 +89,14 @@ class TokenTable:
     """The tokens of all samples that are not skipped, mapped from disk. Samples are called by their position in here.
 
     Attributes:
-        rows: Arrow table with input_ids, token_mask, token_hash and truncated.
+        rows: Arrow table with input_ids, token_mask, token_hash and truncated. A skipped sample has a row without tokens.
+        kept: int64 [n], which rows of the table the samples are.
         sample_index: int64 [n], positions in the dataset as given, ascending.
         skipped: Indices of samples that were left out because they are empty.
     """
 
     rows: pa.Table
+    kept: npt.NDArray[np.int64]
     sample_index: npt.NDArray[np.int64]
     skipped: list[int] = field(default_factory=list)
 
@@ -96,43 +106,44 @@ class TokenTable:
     @cached_property
     def n_tokens(self) -> npt.NDArray[np.int64]:
         """int64 [n], tokens of each sample."""
-        return np.concatenate([np.diff(start) for _, start in self._chunks("input_ids")]).astype(np.int64)
+        return np.concatenate([np.diff(start) for _, start in self._ids]).astype(np.int64)[self.kept]
 
     @cached_property
     def token_hash(self) -> list[str]:
         """Hash of each sample's token ids (xxh3-128 of them as little-endian int32)."""
-        hashes: list[str] = self.rows.column("token_hash").to_pylist()
+        hashes: list[str] = self.rows.column("token_hash").take(pa.array(self.kept)).to_pylist()
         return hashes
 
     @cached_property
     def truncated(self) -> npt.NDArray[np.bool_]:
         """Bool [n], whether the sample was cut to max_length."""
-        truncated: npt.NDArray[np.bool_] = self.rows.column("truncated").to_numpy()
+        truncated: npt.NDArray[np.bool_] = self.rows.column("truncated").to_numpy()[self.kept]
         return truncated
 
     @cached_property
     def content_hash(self) -> str:
-        """One hash for all samples, their indices and their masks."""
+        """One hash for all samples, their indices and their masks, however the table is cut into chunks."""
         digest = xxhash.xxh3_128(self.sample_index.astype("<i8").tobytes())
         for value in self.token_hash:
             digest.update(value.encode())
-        for flat, _ in self._chunks("token_mask"):
-            digest.update(np.packbits(flat).tobytes())
+        for flat, _ in self._masks:
+            digest.update(flat.tobytes())
         return digest.hexdigest()
 
     @cached_property
     def largest_id(self) -> int:
         """The largest token id of all."""
-        return max(int(flat.max()) for flat, _ in self._chunks("input_ids"))
+        return max(int(flat.max()) for flat, _ in self._ids if len(flat))
 
     def gather(self, positions: npt.NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
-        """Returns ids int64 and mask bool, both [B, length], of these samples; shorter ones are padded on the right with 0 and False."""
+        """Returns ids int64 and mask bool, both [B, length], of these samples, padded on the right with 0 and False."""
         ids = torch.zeros(len(positions), length, dtype=torch.int64)
         mask = torch.zeros(len(positions), length, dtype=torch.bool)
         ids_array, mask_array = ids.numpy(), mask.numpy()
-        for row, position in enumerate(positions):
-            chunk = int(np.searchsorted(self._chunk_start, position, side="right")) - 1
-            place = position - self._chunk_start[chunk]
+        table_rows = self.kept[positions]
+        chunks = np.searchsorted(self._chunk_start, table_rows, side="right") - 1
+        places = table_rows - self._chunk_start[chunks]
+        for row, (chunk, place) in enumerate(zip(chunks.tolist(), places.tolist(), strict=True)):
             flat, start = self._ids[chunk]
             n = start[place + 1] - start[place]
             ids_array[row, :n] = flat[start[place] : start[place + 1]]
@@ -154,8 +165,12 @@ class TokenTable:
         return self._chunks("token_mask")
 
     def _chunks(self, column: str) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
-        """Per Arrow chunk: all values flat, as a view of the map, and where each sample starts in them."""
-        return [(chunk.values.to_numpy(), chunk.offsets.to_numpy()) for chunk in self.rows.column(column).chunks]
+        """Per Arrow chunk: all its values flat, as a view of the map, and where each row starts in them."""
+        chunks = []
+        for chunk in self.rows.column(column).chunks:
+            start = chunk.offsets.to_numpy()
+            chunks.append((chunk.values.to_numpy()[start[0] : start[-1]], start - start[0]))  # a slice shares the values of all
+        return chunks
 
 
 def tokenize(
@@ -175,7 +190,9 @@ def tokenize(
     """
     if options.column not in dataset.column_names:
         raise InvalidInputError(f"the dataset has no column {options.column!r}; it has {', '.join(dataset.column_names)}")
-    key = json.dumps([dataset._fingerprint, tokenizer_hash(tokenizer), asdict(options)], sort_keys=True)
+    _check_fit(tokenizer, options)
+    versions = [transformers_version, Path(__file__).read_text()]
+    key = json.dumps([dataset._fingerprint, tokenizer_hash(tokenizer), asdict(options), versions], sort_keys=True)
     fingerprint = xxhash.xxh3_64(key.encode()).hexdigest()
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "exactivations"
     cache.mkdir(parents=True, exist_ok=True)
@@ -198,47 +215,79 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a hash of everything that decides how this tokenizer turns text into ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        rules = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab()], sort_keys=True)
+        rules = json.dumps([type(tokenizer).__name__, tokenizer.get_vocab(), tokenizer.init_kwargs], sort_keys=True, default=str)
     else:  # truncation and padding are state of the last call, not of the tokenizer
         rules = json.dumps(
             {name: part for name, part in json.loads(backend.to_str()).items() if name not in ("truncation", "padding")}
         )
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return xxhash.xxh3_128(json.dumps([rules, special, tokenizer.chat_template], sort_keys=True).encode()).hexdigest()
+    splits_special = getattr(tokenizer, "split_special_tokens", False)
+    return xxhash.xxh3_128(
+        json.dumps([rules, special, splits_special, tokenizer.chat_template], sort_keys=True).encode()
+    ).hexdigest()
+
+
+def _check_fit(tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> None:
+    """Refuses options that this tokenizer cannot do."""
+    name = tokenizer.name_or_path
+    if options.messages_column is None:
+        added = tokenizer.num_special_tokens_to_add() if options.add_special_tokens else 0
+        if options.max_length is not None and options.max_length <= added:
+            raise InvalidInputError(
+                f"max_length {options.max_length} leaves no room for text: the tokenizer adds {added} special tokens to each sample"
+            )
+        return
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise InvalidInputError(
+            f"the tokenizer {name} has no chat template that could be used: use a text column, or another tokenizer"
+        ) from error
+    if options.token_mask == "assistant" and not GENERATION_BLOCK.search(template):
+        raise InvalidInputError(
+            f"the chat template of {name} does not mark the assistant's tokens (it has no {{% generation %}} block): "
+            "token_mask='assistant' cannot be told from it; take another template, or token_mask='content'"
+        )
 
 
 def _without_empty(rows: pa.Table, sample_index: npt.NDArray[np.int64], options: TextOptions) -> TokenTable:
-    problems = rows.column("problem").to_numpy(zero_copy_only=False)
-    bad = np.array([problem is not None for problem in problems], dtype=bool)
+    problems = rows.column("problem")
+    bad = problems.is_valid().to_numpy()
     if not bad.any():
-        return TokenTable(rows, sample_index)
-    wrong = [i for i in np.flatnonzero(bad) if options.on_empty == "error" or not problems[i].startswith("is empty")]
+        return TokenTable(rows, np.arange(len(rows)), sample_index)
+    found = list(zip(sample_index[bad].tolist(), problems.drop_null().to_pylist(), strict=True))
+    wrong = [(i, problem) for i, problem in found if options.on_empty == "error" or not problem.startswith(EMPTY)]
     if wrong:
-        shown = "; ".join(f"sample {sample_index[i]} {problems[i]}" for i in wrong[:5])
+        shown = "; ".join(f"sample {i} {problem}" for i, problem in wrong[:5])
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        hint = (
-            ""
-            if options.on_empty == "skip"
-            else ". Mend the dataset, or pass --on-empty skip to leave empty texts out and record them"
-        )
+        hint = ". Mend the dataset"
+        if all(problem.startswith(EMPTY) for _, problem in wrong):
+            hint += ", or pass --on-empty skip to leave empty texts out and record them"
         raise InvalidInputError(f"column {options.column!r}: {shown}{more}{hint}")
     if bad.all():
         raise InvalidInputError(f"column {options.column!r}: all {len(bad)} texts are empty")
-    return TokenTable(rows.filter(pa.array(~bad)), sample_index[~bad], skipped=sample_index[bad].tolist())
+    return TokenTable(rows, np.flatnonzero(~bad), sample_index[~bad], skipped=sample_index[bad].tolist())
 
 
 def _tokenize_rows(values: list[Any], tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> dict[str, list[Any]]:
     """Tokenizes one chunk of rows. A row with a problem gets no tokens, so that the caller can name its index."""
     problems = [_problem(value, options) for value in values]
     good = [value for value, problem in zip(values, problems, strict=True) if problem is None]
-    encoded = iter(
-        _encode_messages(good, tokenizer, options) if options.messages_column else _encode_texts(good, tokenizer, options)
-    )
+    encode = _encode_messages if options.messages_column else _encode_texts
+    encoded = iter(encode(good, tokenizer, options))
     out: dict[str, list[Any]] = {name: [] for name in FEATURES}
     for problem in problems:
-        ids, mask, truncated = next(encoded) if problem is None else ([], [], False)
-        if problem is None and not any(mask):
-            problem = f"is empty: it has no token that counts (of {len(ids)} tokens, with token_mask={options.token_mask!r})"
+        ids: list[int] = []
+        mask: list[bool] = []
+        truncated = False
+        if problem is None:
+            sample = next(encoded)
+            if isinstance(sample, str):
+                problem = sample
+            elif any(sample[1]):
+                ids, mask, truncated = sample
+            else:
+                problem = f"{EMPTY}: none of its {len(sample[0])} tokens counts with token_mask={options.token_mask!r}"
         out["input_ids"].append(ids)
         out["token_mask"].append(mask)
         out["token_hash"].append(hash_of_ids(ids))
@@ -255,13 +304,13 @@ def hash_of_ids(ids: Any) -> str:
 def _problem(value: Any, options: TextOptions) -> str | None:
     wanted = list if options.messages_column else str
     if value is None:
-        return "is empty: it is None"
+        return f"{EMPTY}: it is None"
     if not isinstance(value, wanted):
         return f"is of type {type(value).__name__}, expected {'a list of messages' if options.messages_column else 'text'}"
-    return None if value else "is empty"
+    return None if value else EMPTY
 
 
-Encoded = list[tuple[list[int], list[bool], bool]]  # ids, mask, truncated
+Encoded = list[tuple[list[int], list[bool], bool] | str]  # ids, mask, truncated; or the problem with this sample
 
 
 def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> Encoded:
@@ -269,12 +318,20 @@ def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, options:
         return []
     if options.template is not None:
         texts = [options.template.replace(PLACEHOLDER, text) for text in texts]
-    tokenizer.truncation_side = options.truncation_side
-    arguments: dict[str, Any] = {"add_special_tokens": options.add_special_tokens, "return_attention_mask": False}
+    arguments: dict[str, Any] = {
+        "add_special_tokens": options.add_special_tokens,
+        "return_attention_mask": False,
+        "verbose": False,
+    }
     all_ids = tokenizer(texts, **arguments)["input_ids"]
     too_long = [i for i, ids in enumerate(all_ids) if options.max_length is not None and len(ids) > options.max_length]
     if too_long:  # the tokenizer cuts, since only it knows which special tokens have to stay
-        cut = tokenizer([texts[i] for i in too_long], truncation=True, max_length=options.max_length, **arguments)["input_ids"]
+        side_before = tokenizer.truncation_side
+        tokenizer.truncation_side = options.truncation_side
+        try:
+            cut = tokenizer([texts[i] for i in too_long], truncation=True, max_length=options.max_length, **arguments)["input_ids"]
+        finally:
+            tokenizer.truncation_side = side_before
         for i, ids in zip(too_long, cut, strict=True):
             all_ids[i] = ids
     special = _special_ids(tokenizer)
@@ -286,22 +343,17 @@ def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, options:
 
 
 def _encode_messages(conversations: list[Any], tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> Encoded:
-    if tokenizer.chat_template is None:
-        raise InvalidInputError(
-            f"the tokenizer {tokenizer.name_or_path} has no chat template: use a text column, or another tokenizer"
-        )
-    if options.token_mask == "assistant" and "{% generation" not in str(tokenizer.chat_template).replace("{%-", "{%"):
-        raise InvalidInputError(
-            f"the chat template of {tokenizer.name_or_path} does not mark the assistant's tokens (it has no {{% generation %}} block): "
-            "token_mask='assistant' cannot be told from it"
-        )
     special = _special_ids(tokenizer)
     out: Encoded = []
     for messages in conversations:
-        encoded: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=options.add_generation_prompt, tokenize=True, return_dict=True,
-            return_assistant_tokens_mask=options.token_mask == "assistant",
-        )  # fmt: skip
+        try:
+            encoded: Any = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=options.add_generation_prompt, tokenize=True, return_dict=True,
+                return_assistant_tokens_mask=options.token_mask == "assistant",
+            )  # fmt: skip
+        except Exception as error:  # a template is a program: what it raises about a conversation can be anything
+            out.append(f"does not fit the chat template: {type(error).__name__}: {error}")
+            continue
         ids = list(encoded["input_ids"])
         if options.token_mask == "assistant":
             mask = [bool(marked) for marked in encoded["assistant_masks"]]
@@ -318,15 +370,13 @@ def _encode_messages(conversations: list[Any], tokenizer: PreTrainedTokenizerBas
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of special tokens. [UNK] stands for content that the vocabulary lacks, so it counts as content unless it is also BOS or EOS."""
+    """Ids of special tokens.
+
+    [UNK] stands for content that the vocabulary lacks, so it is none of them, unless it serves as BOS, EOS, [CLS] or [SEP] too.
+    That some tokenizers pad with it does not matter, since nothing is padded here.
+    """
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
         tokenizer.all_special_ids
     )
-    others = {
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-        tokenizer.cls_token_id,
-        tokenizer.sep_token_id,
-    }
+    others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id}
     return frozenset(special - ({tokenizer.unk_token_id} - others))

@@ -17,6 +17,7 @@ from exactivations.lit_modules.language_model import (
     ModelOptions,
     body_of,
     config_hash,
+    evaluating,
     forward_arguments,
     load_model,
     max_positions,
@@ -162,17 +163,16 @@ class ActivationExtractor(pl.LightningModule):
 
     @torch.no_grad()
     def on_predict_start(self) -> None:
-        """Runs the heaviest batch of the whole plan once, so that too little memory shows now and not in the night."""
+        """Runs the heaviest batches of the whole plan once, so that too little memory shows now and not in the night."""
         data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, TextDataModule):
-            batch = data.heaviest_batch()
+        for batch in data.heaviest_batches() if isinstance(data, TextDataModule) else []:
             try:
                 self(batch)
             except torch.cuda.OutOfMemoryError as error:
                 n, length = batch.input_ids.shape
+                remedy = f"lower the token budget (--token-budget) below {n * length}" if n > 1 else "cut it with --max-length"
                 raise InvalidInputError(
-                    f"out of device memory with the heaviest batch of the plan ({n} x {length} tokens): lower the token budget, "
-                    f"which is {data.plan_options.token_budget} (--token-budget). {error}"
+                    f"out of device memory with the heaviest batch of the plan ({n} x {length} tokens): {remedy}. {error}"
                 ) from error
 
     def predict_step(self, batch: TokenBatch, batch_idx: int = 0) -> ActivationBatch:
@@ -214,13 +214,8 @@ class ActivationExtractor(pl.LightningModule):
                 else:
                     activations[f"{name}/{pooling}"] = pool(states, batch.token_mask, pooling).to(self._out_dtype(loaded))
 
-        training = loaded.model.training
-        loaded.model.train(False)
-        try:
-            with reading(loaded.model, loaded.hook_points, read):
-                loaded.model(input_ids=batch.input_ids, **loaded.arguments)
-        finally:
-            loaded.model.train(training)
+        with evaluating(loaded.model), reading(loaded.model, loaded.hook_points, read):
+            loaded.model(input_ids=batch.input_ids, **loaded.arguments)
         missing = self.specs().keys() - activations.keys()
         if missing:
             raise InvalidInputError(f"the forward pass did not reach {', '.join(sorted(missing))}")
@@ -262,7 +257,7 @@ class ActivationExtractor(pl.LightningModule):
 
     def _states(self, loaded: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
         states: dict[str, Tensor] = {}
-        with reading(loaded.model, loaded.hook_points, lambda name, state: states.update({name: state.float()})):
+        with evaluating(loaded.model), reading(loaded.model, loaded.hook_points, lambda name, x: states.update({name: x.float()})):
             loaded.model(input_ids=ids, **loaded.arguments)
         return states
 
@@ -300,13 +295,8 @@ def _widths(model: PreTrainedModel, points: list[HookPoint], arguments: dict[str
     """
     seen: dict[str, list[int]] = {point.name: [] for point in points}
     ids = torch.arange(4, device=model.device)[None]
-    training = model.training
-    model.train(False)
-    try:
-        with torch.no_grad(), reading(model, points, lambda name, state: seen[name].append(state.shape[-1]), stop=False):
-            model(input_ids=ids, **arguments)
-    finally:
-        model.train(training)
+    with torch.no_grad(), evaluating(model), reading(model, points, lambda name, x: seen[name].append(x.shape[-1]), stop=False):
+        model(input_ids=ids, **arguments)
     for name, widths in seen.items():
         if len(widths) != 1:
             raise InvalidInputError(

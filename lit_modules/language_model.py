@@ -2,6 +2,8 @@
 
 import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,6 +75,19 @@ def load_skeleton(name: str, options: ModelOptions) -> PreTrainedModel:
         raise InvalidInputError(f"model {name!r} could not be loaded: {error}") from error
     model.train(False)
     return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switches dropout and the like off inside the `with` block; each module's own mode is restored after it."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -95,6 +95,10 @@ def extract(
         overwrite: Remove the run that is in the folder, and start anew.
         allow_changed: Of torch, transformers, device_type, cpu_threads: what may differ from the run that is being continued.
     """
+    from exactivations.callbacks.process_watch import end_with_parent
+
+    end_with_parent(int(os.environ.get("LOCAL_RANK", "0")))
+
     import lightning.pytorch as pl
 
     from exactivations.callbacks.activation_writer import ActivationWriter
@@ -127,6 +131,8 @@ def extract(
             truncation_side=truncation_side, on_empty=on_empty,
         ),
         plan_options=PlanOptions(token_budget, shard_tokens, padding, max_padded_share),
+        tokenizer_revision=None if tokenizer else revision,
+        trust_remote_code=trust_remote_code,
         tokenizer_processes=tokenizer_processes,
     )  # fmt: skip
     data.setup()  # here, before other processes are started: what is wrong with the data is told once, and early

@@ -86,7 +86,8 @@ def to_parser_spelling(args: list[str]) -> list[str]:
             while rest and not rest[0].startswith("--"):
                 values.append(rest.pop(0))
             plain = len(values) == 1 and (values[0].startswith("[") or values[0] in _literals(annotation))
-            out.append(f"{arg}={values[0] if plain else json.dumps([_number(value) for value in values])}")
+            numbers = "list[int]" in str(annotation) and all(value.lstrip("-").isdecimal() for value in values)
+            out.append(f"{arg}={values[0] if plain else json.dumps([int(v) for v in values] if numbers else values)}")
         else:
             out.append(arg)
     return out
@@ -94,10 +95,6 @@ def to_parser_spelling(args: list[str]) -> list[str]:
 
 def _literals(annotation: Any) -> set[str]:
     return {value for kind in get_args(annotation) for value in get_args(kind) if isinstance(value, str)}
-
-
-def _number(text: str) -> int | str:
-    return int(text) if text.lstrip("-").isdecimal() else text
 
 
 def _quieten() -> None:

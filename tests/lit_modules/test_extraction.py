@@ -119,6 +119,7 @@ def test_every_hook_point_and_pooling_equals_the_model_on_each_sample_alone(fami
     names = dissect(model).names()
     extractor = ActivationExtractor(model, names, POOLINGS)
     options = PlanOptions(token_budget=24, padding=padding, max_padded_share=0.5)
+    assert {spec.width for spec in extractor.specs().values()} == {model.config.hidden_size}
     batches = [extractor(batch) for batch in planned_batches(ids, masks, options)]
 
     assert sorted(i for batch in batches for i in batch.sample_index.tolist()) == list(range(len(ids)))
@@ -187,9 +188,11 @@ def test_nothing_after_the_deepest_hook_point_is_computed_and_no_mask_is_made(sa
 
 def test_the_callers_model_is_left_as_it_was(samples):
     model = tiny_model("gpt2").train(True)
+    model.h[1].train(False)
+    modes = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     ActivationExtractor(model, ["resid_post.0"], ["last"])(TokenBatch.of(samples[0][0][None]))
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert len(model.h) == 3
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     for name, value in model.state_dict().items():
