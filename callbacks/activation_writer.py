@@ -1,6 +1,5 @@
 """ActivationWriter: keeps what an ActivationExtractor computes, shard by shard, as the plan says."""
 
-import os
 import queue
 import socket
 import threading
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 
 from exactivations.callbacks.host_copy import HostCopier, HostCopy
+from exactivations.callbacks.process_watch import end_with_parent
+from exactivations.callbacks.ranks import gather
 from exactivations.datamodules.embedded import resolve_model
 from exactivations.datamodules.plan import Plan
 from exactivations.datamodules.text import TextDataModule
@@ -62,7 +62,6 @@ class ActivationWriter(BasePredictionWriter):
         self.info: RunInfo | None = None
         self._lock: RunLock | None = None
         self._thread: WriterThread | None = None
-        self._parent: int | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Takes the folder, checks that it holds this run or none, and tells the data module which shards are there.
@@ -75,21 +74,20 @@ class ActivationWriter(BasePredictionWriter):
                 "ActivationWriter works with an ActivationExtractor and a TextDataModule, "
                 f"got {type(pl_module).__name__} and {type(data).__name__}"
             )
-        parent = os.getppid()
+        end_with_parent(trainer.local_rank)
         run_id = trainer.strategy.broadcast(uuid.uuid4().hex)
         rank = RankReport()
         try:
             self._take_folder(pl_module, data, run_id, rank)
         except ExactivationsError as error:
             rank.failure = error
-        ranks: list[RankReport] = _gather(rank)
+        ranks: list[RankReport] = gather(rank)
         failure = next((rank.failure for rank in ranks if rank.failure is not None), None) or _first_disagreement(ranks)
         if failure is not None:
             self._release()
             failure.known_to_all_ranks = True
             raise failure
         data.skip_shards = frozenset().union(*(rank.published for rank in ranks))
-        self._parent = parent if (rank.host, parent) in {(other.host, other.process) for other in ranks} else None
         # Lightning looks for a batch sampler to infer sample indices from, and warns that there is none. Ours are in the batch.
         warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
 
@@ -125,8 +123,6 @@ class ActivationWriter(BasePredictionWriter):
     ) -> None:
         """Hands a batch over; waits when the queue is full, raises when the thread has failed."""
         assert self._thread is not None
-        if self._parent is not None and os.getppid() != self._parent:
-            raise StoreError(f"rank {trainer.global_rank}: the process that started this one is gone; stopping with it")
         if trainer.received_sigterm:  # Lightning notes it, tells the ranks that it started, and predicts on
             ended = StoreError("ended by SIGTERM. What was published stays; start the same command again, and it goes on from here")
             ended.known_to_all_ranks = True
@@ -201,7 +197,6 @@ class RankReport:
     published: set[int] = field(default_factory=set)
     failure: ExactivationsError | None = None
     host: str = field(default_factory=socket.gethostname)
-    process: int = field(default_factory=os.getpid)
 
 
 class WriterThread:
@@ -210,7 +205,9 @@ class WriterThread:
     def __init__(self, folder: RunFolder, info: RunInfo, plan: Plan, specs: dict[str, ActivationSpec]) -> None:
         self._folder, self._info, self._plan, self._specs = folder, info, plan, specs
         self._queue: queue.Queue[HostCopy | None] = queue.Queue(maxsize=QUEUED_BATCHES)
-        self._buffers: dict[int, ShardBuffer] = {}
+        self._buffer: ShardBuffer | None = None
+        self._filling: int | None = None
+        self._published: set[int] = set()
         self._error: BaseException | None = None
         self._abandoned = False
         self._thread = threading.Thread(target=self._run, name="activation-writer", daemon=True)
@@ -241,10 +238,8 @@ class WriterThread:
         self.put(None)
         self._thread.join()
         self.check()
-        if self._buffers:
-            raise StoreError(
-                f"shards {sorted(self._buffers)} were not filled: batches of theirs are missing; they are not published"
-            )
+        if self._filling is not None:
+            raise _unfilled(self._filling)
 
     def abandon(self) -> None:
         """Ends the thread soon, without raising and without publishing what is not full."""
@@ -267,23 +262,28 @@ class WriterThread:
     def _take(self, copy: HostCopy) -> None:
         assert copy.batch.place is not None
         shard = copy.batch.place.shard
-        if shard not in self._buffers:
-            self._buffers[shard] = ShardBuffer(*self._plan.shard_size(shard), self._specs)
+        if self._buffer is None:  # made in this thread: the main one is in inference mode, and such tensors stay there
+            sizes = [self._plan.shard_size(shard) for shard in range(self._plan.n_shards)]
+            self._buffer = ShardBuffer(max(rows for rows, _ in sizes), max(tokens for _, tokens in sizes), self._specs)
+        if shard in self._published:
+            raise StoreError(f"a batch of shard {shard} came after that was full; it stays as it was published")
+        if self._filling is None:
+            self._buffer.begin(*self._plan.shard_size(shard))
+            self._filling = shard
+        if self._filling != shard:  # a rank's batches come shard by shard
+            raise _unfilled(self._filling)
         copy.wait()
-        self._buffers[shard].put(copy.batch)
+        self._buffer.put(copy.batch)
         copy.release()
-        if self._buffers[shard].is_full:
-            full = self._buffers.pop(shard)
-            write_shard(self._folder.shard_path(shard), full.tensors, {"shard": shard, "fingerprint": self._info.fingerprint})
+        if self._buffer.is_full:
+            metadata = {"shard": shard, "fingerprint": self._info.fingerprint}
+            write_shard(self._folder.shard_path(shard), self._buffer.tensors, metadata)
+            self._published.add(shard)
+            self._filling = None
 
 
-def _gather(value: Any) -> list[Any]:
-    """Returns every rank's value, in rank order."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
+def _unfilled(shard: int) -> StoreError:
+    return StoreError(f"shard {shard} was not filled: batches of it are missing; it is not published")
 
 
 def _first_disagreement(ranks: list[RankReport]) -> IdentityError | None:

@@ -22,7 +22,8 @@ class HostCopier:
     """
 
     def __init__(self, device: torch.device, n_slots: int = 4) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # torch has no annotations there
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._free: queue.SimpleQueue[dict[str, Tensor]] = queue.SimpleQueue()
         for _ in range(n_slots):
             self._free.put({})
@@ -38,7 +39,7 @@ class HostCopier:
             for name, values in batch.activations.items():
                 values.record_stream(self._stream)  # its memory is not reused before the copy has read it
                 copied[name] = _buffer(slot, name, values).copy_(values, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
         return HostCopy(replace(batch, activations=copied), wait=done.synchronize, release=lambda: self._free.put(slot))
 

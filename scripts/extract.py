@@ -227,7 +227,7 @@ def tell_result(
     folder, n_shards = writer.folder, data.plan.n_shards
     published = folder.published(writer.info)
     size = sum(folder.shard_path(shard).stat().st_size for shard in published)
-    before = len(data.skip_shards)
+    before = len(published & data.skip_shards)
     there = f" ({before:,} were there already)" if before else ""
     print(f"wrote {len(published) - before:,} shards{there}, {size / 1e6:,.1f} MB in all, to {folder.path}")
     rate = (

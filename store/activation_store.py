@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+import xxhash
 from torch import Tensor
 
-from exactivations.store.errors import IncompleteStoreError, InvalidInputError
-from exactivations.store.run_folder import RunFolder
+from exactivations.store.errors import CorruptShardError, IncompleteStoreError, InvalidInputError
+from exactivations.store.run_folder import SAMPLES_FILE, RunFolder
 from exactivations.store.shard import verify_shard
 
 
@@ -60,7 +60,8 @@ class ActivationStore:
 
     Raises:
         IncompleteStoreError: If shards are missing and that was not allowed.
-        CorruptShardError: If a shard is truncated, renamed or (with verify_checksums) damaged.
+        CorruptShardError: If a shard is truncated, renamed or (with verify_checksums) damaged; later, if a shard that is read
+            for the first time holds other samples than samples.parquet says.
         StoreError: If it is no run folder or of a newer format.
     """
 
@@ -85,6 +86,9 @@ class ActivationStore:
             table, self._shard, self._row = table.filter(pa.array(present)), self._shard[present], self._row[present]
         self.samples = table
         self.sample_index: npt.NDArray[np.int64] = table.column("sample_index").to_numpy()
+        by_place = np.lexsort((self._row, self._shard))
+        starts = np.searchsorted(self._shard[by_place], np.arange(self.info.n_shards + 1))
+        self._positions = {shard: by_place[starts[shard] : starts[shard + 1]] for shard in sorted(self.published)}
         self._open: dict[int, dict[str, Tensor]] = {}
         self._ends: dict[int, npt.NDArray[np.int64]] = {}
 
@@ -110,7 +114,6 @@ class ActivationStore:
             raise IndexError(self._why_absent(sample_index))
         shard, row = int(self._shard[position]), int(self._row[position])
         tensors = self._tensors(shard)
-        assert int(tensors["sample_index"][row]) == sample_index, f"index and shard {shard} disagree on row {row}"
         tokens = slice(*self._token_range(shard, row)) if "input_ids" in tensors else None
         return Sample(
             sample_index=sample_index,
@@ -133,8 +136,8 @@ class ActivationStore:
         name = self._name(hook_point, pooling, per_token=False)
         spec = self.info.activations[name]
         out = torch.empty(len(self), spec["width"], dtype=getattr(torch, spec["dtype"]))
-        for shard, positions in self._positions_by_shard:
-            out[positions] = self._tensors(shard)[name]
+        for shard, positions in self._positions.items():
+            out[torch.from_numpy(positions)] = self._tensors(shard)[name]
         return out
 
     def tokens(self, hook_point: str, block_tokens: int = 65536) -> Iterator[TokenBlock]:
@@ -168,25 +171,43 @@ class ActivationStore:
         return _numpy(self.pooled(hook_point, pooling))
 
     def to_dataset(self) -> datasets.Dataset:
-        """Returns samples.parquet's columns and all activations as a Hugging Face dataset, in dataset order, cached on disk."""
+        """Returns samples.parquet's columns and all activations as a Hugging Face dataset, in dataset order, cached on disk.
+
+        Raises:
+            InvalidInputError: If a kept column has the name of something that would be added.
+        """
+        added = {*self.names, *(("input_ids", "token_mask") if self._has_tokens else ())}
+        doubled = sorted(added.intersection(self.samples.column_names))
+        if doubled:
+            raise InvalidInputError(f"samples.parquet has a column {doubled[0]!r}, which to_dataset would overwrite")
+        contents = xxhash.xxh3_128((self.folder.path / SAMPLES_FILE).read_bytes()).hexdigest()
         return datasets.Dataset.from_generator(
             _dataset_rows,
-            gen_kwargs={"path": str(self.folder.path), "fingerprint": self.info.fingerprint, "shards": sorted(self.published)},
-            # one process, whole: the list of shards is a cache key here, not something to be split up
+            # All of it is the cache's key. The shards are no list: `datasets` would split that up.
+            gen_kwargs={
+                "path": str(self.folder.path.resolve()),
+                "key": f"{self.info.fingerprints} {contents} {sorted(self.published)}",
+            },
             split=datasets.NamedSplit("activations"),
         )
 
-    @cached_property
-    def _positions_by_shard(self) -> list[tuple[int, Tensor]]:
-        """For each shard the positions of its rows in dataset order, row by row, from the shard's own sample indices."""
-        return [
-            (shard, torch.from_numpy(np.searchsorted(self.sample_index, self._tensors(shard)["sample_index"].numpy())))
-            for shard in sorted(self.published)
-        ]
+    @property
+    def _has_tokens(self) -> bool:
+        return any(spec["per_token"] for spec in self.info.activations.values())
 
     def _tensors(self, shard: int) -> dict[str, Tensor]:
+        """Maps a shard; before its first use its identity is held against samples.parquet."""
         if shard not in self._open:
-            self._open[shard] = self.folder.open_shard(shard, self.info)
+            tensors = self.folder.open_shard(shard, self.info)
+            positions = self._positions[shard]
+            n_tokens = self.samples.column("n_tokens").to_numpy()[positions]
+            for name, expected in (("sample_index", self.sample_index[positions]), ("n_tokens", n_tokens)):
+                if not np.array_equal(tensors[name].numpy(), expected):
+                    raise CorruptShardError(
+                        f"{self.folder.shard_path(shard)} and {SAMPLES_FILE} disagree on {name}: one of them is damaged or belongs "
+                        "to another run; open the store with verify_checksums=True to see whether it is the shard"
+                    )
+            self._open[shard] = tensors
         return self._open[shard]
 
     def _token_ends(self, shard: int) -> npt.NDArray[np.int64]:
@@ -218,9 +239,9 @@ class ActivationStore:
         return f"sample {sample_index} is not in this store: it holds {len(self)} samples with indices from {first} to {last}"
 
 
-def _dataset_rows(path: str, fingerprint: str, shards: list[int]) -> Iterator[dict[str, Any]]:
+def _dataset_rows(path: str, key: str) -> Iterator[dict[str, Any]]:
     store = ActivationStore(path, allow_incomplete=True)
-    assert store.info.fingerprint == fingerprint and sorted(store.published) == shards, f"{path} changed while it was read"
+    assert key.endswith(f" {sorted(store.published)}"), f"{path} changed while it was read"
     for sample in store:
         row = dict(sample.columns)
         if sample.input_ids is not None and sample.token_mask is not None:

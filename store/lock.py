@@ -2,7 +2,8 @@
 
 The lock is the kernel's (`flock`), so it goes away with the process that holds it. All processes of one run know a common
 run id. The first one there has the folder to itself while it prepares it; then all of them share the lock. Whoever comes with
-another run id is refused as long as any process of the first run lives.
+another run id is refused as long as any process of the first run lives. The lock file tells who holds it and whether the folder
+is prepared: a kernel may let another process in between holding the lock alone and sharing it.
 """
 
 import fcntl
@@ -34,6 +35,8 @@ class RunLock:
     def acquire(self, prepare: Callable[[], None], patience: float = PATIENCE_SECONDS) -> None:
         """Takes the lock. Exactly one process of a run, the first, calls `prepare` while it is alone in the folder.
 
+        If `prepare` raises, the lock is given back, and the next process of the run tries anew.
+
         Raises:
             LockedRunError: If another run still holds the folder after `patience` seconds.
             StoreError: If the folder cannot be made or written to.
@@ -46,16 +49,16 @@ class RunLock:
         self._descriptor = descriptor
         deadline = time.monotonic() + patience
         while True:
-            if self._try(fcntl.LOCK_EX):
-                self._write_holder()
+            if self._try(fcntl.LOCK_EX) and not self._is_prepared():
+                self._write_holder(prepared=False)
                 try:
                     prepare()
                 except BaseException:
                     self.release()
                     raise
-            # Sharing after preparing is not atomic, so the holder is read again in every case.
+                self._write_holder(prepared=True)
             if self._try(fcntl.LOCK_SH):
-                if self._read_holder().get("run_id") == self._run_id:
+                if self._is_prepared():
                     return
                 self._try(fcntl.LOCK_UN)
             elif self._read_holder().get("run_id") == self._run_id:
@@ -81,18 +84,28 @@ class RunLock:
             fcntl.flock(self._descriptor, operation | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        except OSError as error:
+            raise StoreError(f"{self._path} cannot be locked: {error}; choose a folder on a file system with locks") from error
         return True
 
-    def _write_holder(self) -> None:
-        assert self._descriptor is not None
-        holder = json.dumps({"run_id": self._run_id, "pid": os.getpid(), "host": socket.gethostname()}).encode()
-        os.pwrite(self._descriptor, holder.ljust(512), 0)
+    def _is_prepared(self) -> bool:
+        holder = self._read_holder()
+        return holder.get("run_id") == self._run_id and holder.get("prepared") is True
 
-    def _read_holder(self) -> dict[str, str | int]:
+    def _write_holder(self, *, prepared: bool) -> None:
+        assert self._descriptor is not None
+        holder = {"run_id": self._run_id, "pid": os.getpid(), "host": socket.gethostname(), "prepared": prepared}
+        try:
+            os.pwrite(self._descriptor, json.dumps(holder).encode().ljust(512), 0)
+        except OSError as error:
+            self.release()
+            raise StoreError(f"cannot write to the run folder {self._path.parent}: {error}") from error
+
+    def _read_holder(self) -> dict[str, str | int | bool]:
         assert self._descriptor is not None
         text = os.pread(self._descriptor, 512, 0).decode(errors="replace").strip()
         try:
-            holder: dict[str, str | int] = json.loads(text or "{}")
+            holder: dict[str, str | int | bool] = json.loads(text or "{}")
         except ValueError:  # being written at this moment
             return {}
         return holder

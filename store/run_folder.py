@@ -5,9 +5,6 @@ that several nodes wrote are merged by copying them into one.
 """
 
 import json
-import os
-import re
-import shutil
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from exactivations.store.errors import CorruptShardError, IdentityError, StoreError
+from exactivations.store.errors import CorruptShardError, IdentityError, InvalidInputError, StoreError
 from exactivations.store.shard import flush_to_disk, open_shard
 
 FORMAT_VERSION = 1
@@ -104,42 +101,49 @@ class RunFolder:
         path = self.path / RUN_FILE
         try:
             content = json.loads(path.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise StoreError(f"{self.path} is not a run folder: there is no {RUN_FILE} in it") from None
         except (OSError, ValueError) as error:
             raise StoreError(f"{path} cannot be read: {error}") from error
+        if not isinstance(content, dict):
+            raise StoreError(f"{path} cannot be read: it holds a {type(content).__name__}, not a run's description")
         version = content.get("format_version")
         if version != FORMAT_VERSION:
             raise StoreError(
                 f"{path} has store format version {version}, this exactivations reads version {FORMAT_VERSION}: "
                 "install the exactivations that wrote it, or a newer one"
             )
+        missing = [f.name for f in fields(RunInfo) if f.name not in content]
+        if missing:
+            raise StoreError(f"{path} cannot be read: it lacks {', '.join(missing)}")
         return RunInfo(**{f.name: content[f.name] for f in fields(RunInfo)})
 
     def read_samples(self) -> pa.Table:
         """Reads samples.parquet, mapped into memory."""
         try:
-            return pq.read_table(self.path / SAMPLES_FILE, memory_map=True)
+            return pq.read_table(self.path / SAMPLES_FILE, memory_map=True, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"{self.path / SAMPLES_FILE} cannot be read: {error}") from error
 
     def prepare(self, info: RunInfo, samples: pa.Table, *, overwrite: bool, allow_changed: frozenset[str]) -> None:
         """Starts a new run here, or goes on with the one that is here if it is the same.
 
-        Only to be called while no other process works in the folder. Left-over temporary files are removed.
+        Only to be called while no other process works in the folder. Left-over temporary files are removed. Killed at any
+        moment, it leaves a folder that it can be called for again: run.json comes first, and is replaced, never removed.
 
         Raises:
             IdentityError: If the folder holds another run; every differing field is named with both values.
             StoreError: If the folder cannot be written to or holds something that is not a run.
         """
         try:
-            if overwrite:
-                self._remove_run()
-            if self.exists:
+            if self.exists and not overwrite:
                 self._go_on(info, samples, allow_changed)
             else:
-                self._start(info, samples)
-            for leftover in self.path.glob(f"{SHARD_FOLDER}/.*.tmp"):
+                self._remove_content() if self.exists else self._refuse_strangers()
+                self._write_info(info)
+                self._write_samples(samples)
+            self.shard_folder.mkdir(exist_ok=True)
+            for leftover in (*self.path.glob(".*.tmp"), *self.shard_folder.glob(".*.safetensors.*.tmp")):
                 leftover.unlink()
         except OSError as error:
             raise StoreError(f"cannot write to the run folder {self.path}: {error}") from error
@@ -153,8 +157,11 @@ class RunFolder:
         """
         found = set()
         for path in sorted(self.shard_folder.glob("*.safetensors")):
-            if not re.fullmatch(r"\d{5,}", path.stem) or int(path.stem) >= info.n_shards:
-                raise IdentityError(f"{path} does not belong to this run, which has shards 0 to {info.n_shards - 1}")
+            if not self._is_shard_path(path) or int(path.stem) >= info.n_shards:
+                raise IdentityError(
+                    f"{path} does not belong to this run, which has shards {self.shard_path(0).name} to "
+                    f"{self.shard_path(info.n_shards - 1).name}: remove it"
+                )
             self.open_shard(int(path.stem), info)
             found.add(int(path.stem))
         return found
@@ -172,18 +179,27 @@ class RunFolder:
             raise CorruptShardError(f"{path} holds shard {metadata.get('shard')}, not {shard}: it was renamed; name it back")
         return tensors
 
-    def _start(self, info: RunInfo, samples: pa.Table) -> None:
-        strangers = [p.name for p in self.path.iterdir() if p.name != ".lock"]
+    def _is_shard_path(self, path: Path) -> bool:
+        return path.stem.isdecimal() and path == self.shard_path(int(path.stem))
+
+    def _refuse_strangers(self) -> None:
+        """Refuses a folder with anything in it but what a start that was killed before run.json can have left."""
+        ours = {".lock", f".{RUN_FILE}.tmp"}
+        strangers = [p.name for p in self.path.iterdir() if p.name not in ours]
         if strangers:
             raise StoreError(
                 f"{self.path} is not empty and not a run folder (it holds {', '.join(sorted(strangers)[:5])}): name a new one"
             )
-        self.shard_folder.mkdir()
+
+    def _write_samples(self, samples: pa.Table) -> None:
         temporary = self.path / f".{SAMPLES_FILE}.tmp"
-        pq.write_table(samples, temporary, compression="zstd", row_group_size=65536)
+        try:
+            pq.write_table(samples, temporary, compression="zstd", row_group_size=65536, write_page_checksum=True)
+        except pa.ArrowNotImplementedError as error:
+            raise InvalidInputError(f"a column cannot be kept in {SAMPLES_FILE}: {error}; name others with keep") from error
         flush_to_disk(temporary)
         temporary.replace(self.path / SAMPLES_FILE)
-        self._write_info(info)  # last: a folder with a run.json has everything else
+        flush_to_disk(self.path)
 
     def _go_on(self, info: RunInfo, samples: pa.Table, allow_changed: frozenset[str]) -> None:
         stored = self.read_info()
@@ -192,7 +208,8 @@ class RunFolder:
             for name in sorted(stored.present_identity.keys() | info.identity.keys())
             if stored.present_identity.get(name) != info.identity.get(name)
         }
-        samples_differ = first_difference(self.read_samples(), samples)
+        was_started = (self.path / SAMPLES_FILE).is_file()  # else the start was killed before anything was computed
+        samples_differ = first_difference(self.read_samples(), samples) if was_started else None
         refused = {name: values for name, values in changed.items() if name not in allow_changed & ENVIRONMENT_FIELDS}
         if refused or samples_differ:
             lines = [f"  {name}: {_short(was)} there, {_short(now)} now" for name, (was, now) in refused.items()]
@@ -202,6 +219,8 @@ class RunFolder:
                 f"{self.path} holds another run. Go on with the same settings{hint}, name another folder, or pass --overwrite.\n"
                 + "\n".join(lines + ([f"  samples: {samples_differ}"] if samples_differ else []))
             )
+        if not was_started:
+            self._write_samples(samples)
         if changed:
             stored.changes.append({"fields": changed, "fingerprint": fingerprint_of(info.identity)})
             self._write_info(stored)
@@ -213,12 +232,11 @@ class RunFolder:
         temporary.replace(self.path / RUN_FILE)
         flush_to_disk(self.path)
 
-    def _remove_run(self) -> None:
-        """Removes the files of a run, and nothing else; the lock stays, since it is held."""
-        if not self.exists:
-            return
-        os.unlink(self.path / RUN_FILE)  # first: what is half removed is no run any more
-        shutil.rmtree(self.shard_folder, ignore_errors=False)
+    def _remove_content(self) -> None:
+        """Removes the files of a run but run.json, and nothing else; the lock stays, since it is held."""
+        for path in self.shard_folder.glob("*.safetensors"):
+            if self._is_shard_path(path):
+                path.unlink()
         (self.path / SAMPLES_FILE).unlink(missing_ok=True)
 
 
@@ -231,10 +249,11 @@ def first_difference(stored: pa.Table, now: pa.Table) -> str | None:
     for name in stored.column_names:
         if stored.column(name).equals(now.column(name)):
             continue
-        for row, (was, value) in enumerate(zip(stored.column(name), now.column(name), strict=True)):
-            if was.as_py() != value.as_py():
+        pairs = zip(stored.column(name), now.column(name), strict=True)
+        for row, (was, value) in enumerate((was.as_py(), value.as_py()) for was, value in pairs):
+            if was != value and repr(was) != repr(value):  # NaN is not equal to itself, but is no change
                 index = now.column("sample_index")[row].as_py()
-                return f"the dataset changed: sample {index} has {name} {_short(was.as_py())} there, {_short(value.as_py())} now"
+                return f"the dataset changed: sample {index} has {name} {_short(was)} there, {_short(value)} now"
     return None
 
 

@@ -25,22 +25,36 @@ class ShardBuffer:
     """A shard that is being filled, in host memory: every tensor has its final size from the start.
 
     Batches may arrive in any order; each goes to the place that the plan gave it. A row that is written twice or never is
-    an error of ours and cannot be published.
+    an error of ours and cannot be published. The memory is taken once and used for shard after shard: what is allocated and
+    freed for each of them, in another size every time, makes the process grow.
+
+    Args:
+        n_rows: Rows of the largest shard that is to be filled; it begins as one of this size.
+        n_tokens: Tokens of the largest shard.
+        specs: What is stored.
     """
 
     def __init__(self, n_rows: int, n_tokens: int, specs: Mapping[str, ActivationSpec]) -> None:
-        self.tensors = {
-            "sample_index": torch.full((n_rows,), -1, dtype=torch.int64),
-            "n_tokens": torch.zeros(n_rows, dtype=torch.int32),
-        }
-        self.has_tokens = any(spec.per_token for spec in specs.values())
-        if self.has_tokens:
-            self.tensors["input_ids"] = torch.zeros(n_tokens, dtype=torch.int32)
-            self.tensors["token_mask"] = torch.zeros(n_tokens, dtype=torch.bool)
-        for name, spec in specs.items():
-            self.tensors[name] = torch.empty(n_tokens if spec.per_token else n_rows, spec.width, dtype=spec.dtype)
         self._specs = dict(specs)
-        self._missing_rows = n_rows
+        self._has_tokens = any(spec.per_token for spec in specs.values())
+        self._by_row = {"sample_index": torch.empty(n_rows, dtype=torch.int64), "n_tokens": torch.empty(n_rows, dtype=torch.int32)}
+        self._by_token: dict[str, Tensor] = {}
+        if self._has_tokens:
+            self._by_token["input_ids"] = torch.empty(n_tokens, dtype=torch.int32)
+            self._by_token["token_mask"] = torch.empty(n_tokens, dtype=torch.bool)
+        for name, spec in specs.items():
+            memory, n = (self._by_token, n_tokens) if spec.per_token else (self._by_row, n_rows)
+            memory[name] = torch.empty(n, spec.width, dtype=spec.dtype)
+        self.begin(n_rows, n_tokens)
+
+    def begin(self, n_rows: int, n_tokens: int) -> None:
+        """Begins a shard of this size; what was in the buffer is gone."""
+        self.tensors = {name: memory[:n_rows] for name, memory in self._by_row.items()}
+        self.tensors |= {name: memory[:n_tokens] for name, memory in self._by_token.items()}
+        self.tensors["sample_index"].fill_(-1)
+        self._missing_rows, self._missing_tokens = n_rows, n_tokens
+        assert all(len(self.tensors[name]) == n_rows for name in self._by_row), "a shard larger than was said"
+        assert all(len(self.tensors[name]) == n_tokens for name in self._by_token), "a shard larger than was said"
 
     def put(self, batch: ActivationBatch) -> None:
         """Copies a batch, whose tensors are on the host, to its place."""
@@ -49,18 +63,22 @@ class ShardBuffer:
         tokens = slice(batch.place.first_token, batch.place.first_token + len(batch.input_ids))
         assert (self.tensors["sample_index"][rows] == -1).all(), f"rows {rows} of shard {batch.place.shard} written twice"
         assert batch.activations.keys() == self._specs.keys(), f"got {list(batch.activations)}, planned {list(self._specs)}"
+        assert int(batch.n_tokens.sum()) == len(batch.input_ids), "lengths and tokens of a batch disagree"
         _fill(self.tensors["sample_index"], rows, batch.sample_index)
         _fill(self.tensors["n_tokens"], rows, batch.n_tokens)
-        if self.has_tokens:
+        if self._has_tokens:
             _fill(self.tensors["input_ids"], tokens, batch.input_ids)
             _fill(self.tensors["token_mask"], tokens, batch.token_mask)
         for name, values in batch.activations.items():
+            assert values.dtype == self._specs[name].dtype, f"{name}: planned {self._specs[name].dtype}, got {values.dtype}"
             _fill(self.tensors[name], tokens if self._specs[name].per_token else rows, values)
         self._missing_rows -= len(batch.sample_index)
+        self._missing_tokens -= len(batch.input_ids)
 
     @property
     def is_full(self) -> bool:
-        """Whether every row has arrived."""
+        """Whether every row and token has arrived."""
+        assert (self._missing_rows == 0) == (self._missing_tokens == 0), "rows and tokens of a shard disagree"
         return self._missing_rows == 0
 
 
@@ -74,7 +92,8 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     """Writes a shard beside its final name, flushes it to disk, and renames it.
 
     Raises:
-        StoreError: If the file cannot be written, with the cause; nothing is left under the final name.
+        StoreError: If that fails, with the cause. Under the final name there is then nothing, or (if only the folder could not be
+            flushed after the rename) the whole shard; never a part of it.
     """
     header = {METADATA_KEY: json.dumps({**metadata, "checksum": checksum(tensors, metadata)}, sort_keys=True)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -85,12 +104,13 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         temporary.replace(path)
         flush_to_disk(path.parent)
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise StoreError(
             f"cannot write {path}: {error}; {_free_space(path)}. Nothing that was published is lost: "
             "make room and start the same command again, and it goes on from here"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # after a rename there is none
 
 
 def flush_to_disk(path: Path) -> None:
@@ -116,7 +136,7 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -124,14 +144,15 @@ def open_shard(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns a shard's tensors, mapped from the file without reading them, and its metadata (with the checksum).
 
     Raises:
+        StoreError: If there is no such file.
         CorruptShardError: If the file is truncated or not a shard.
     """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})[METADATA_KEY])
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118  # not a mapping
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise StoreError(f"there is no shard {path}: it was removed, or its folder is not there") from error
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CorruptShardError(
             f"{path} is not a whole shard ({type(error).__name__}: {error}). Delete it and start the run again: "

@@ -1,0 +1,87 @@
+"""Peak resident memory of `extract` at 2,000 and at 20,000 samples, which must differ by less than 10%.
+
+    python benchmarks/memory.py [--max-length 64] [--token-budget 1024]
+
+Both runs read the same 2,000 functions, the second ten times over, so that lengths are distributed alike. Each run has a
+process and a cache of its own. Exits with status 1 if the larger run needs 10% more.
+
+The token budget is small so that both runs compute batches of the same size. With the default of 8,192 tokens, 2,000 short
+samples leave most batches far from full: the larger run then has larger batches, and the C library's heap keeps more of what
+the forward pass frees.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FEW, MANY, ALLOWED = 2_000, 20_000, 1.10
+
+
+def main() -> None:
+    """Runs both and prints their peaks."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--token-budget", type=int, default=1024)
+    parser.add_argument("--run", nargs=2, metavar=("DATASET", "OUT"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        run(arguments.run[0], arguments.run[1], arguments.max_length, arguments.token_budget)
+        return
+    with tempfile.TemporaryDirectory(prefix="memory-") as name:
+        folder = Path(name)
+        texts = demo_texts(folder)
+        peaks = [measure(folder, texts, n, arguments.max_length, arguments.token_budget) for n in (FEW, MANY)]
+    ratio = peaks[1] / peaks[0]
+    print(f"ratio {ratio:.3f}, allowed below {ALLOWED:.2f}: {'met' if ratio < ALLOWED else 'NOT MET'}")
+    sys.exit(0 if ratio < ALLOWED else 1)
+
+
+def demo_texts(folder: Path) -> list[str]:
+    """Returns FEW functions, in a process of its own: what a parent has in memory counts for the children it starts."""
+    program = (
+        "import json, sys; from exactivations.datamodules.demo import demo_functions; rows = demo_functions()\n"
+        f"json.dump(rows.select(range(0, len(rows), len(rows) // {FEW}))['text'][:{FEW}], sys.stdout)"
+    )
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "texts"), "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, check=True, stdout=subprocess.PIPE)
+    texts: list[str] = json.loads(done.stdout)
+    assert len(texts) == FEW
+    return texts
+
+
+def measure(folder: Path, texts: list[str], n: int, max_length: int, token_budget: int) -> int:
+    """Returns the peak of a run over n samples, in KiB."""
+    dataset = folder / f"{n}.jsonl"
+    with dataset.open("w") as file:
+        for i in range(n):
+            file.write(json.dumps({"text": texts[i % FEW], "number": i}) + "\n")
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / f"cache{n}")}
+    options = ["--max-length", str(max_length), "--token-budget", str(token_budget)]
+    command = [sys.executable, __file__, *options, "--run", str(dataset), str(folder / f"run{n}")]
+    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    peak = int(output.splitlines()[-1])
+    print(f"{n:>6,} samples: {peak / 1024:,.0f} MiB", flush=True)
+    return peak
+
+
+def run(dataset: str, out: str, max_length: int, token_budget: int) -> None:
+    """Extracts in this process and prints its peak."""
+    from exactivations.scripts.main import main as exactivations
+
+    exactivations(
+        [
+            "extract", "demo", "--dataset", dataset, "--out", out, "--layers", "1", "--pooling", "tokens", "mean",
+            "--max-length", str(max_length), "--token-budget", str(token_budget),
+            "--shard-tokens", "32768", "--accelerator", "cpu", "--cpu-threads", "1",
+        ]
+    )  # fmt: skip
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+if __name__ == "__main__":
+    main()
