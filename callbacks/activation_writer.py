@@ -99,7 +99,7 @@ class ActivationWriter(BasePredictionWriter):
         rank.identity = info.identity
         self._lock = RunLock(self.folder.path, run_id)
         self._lock.acquire(
-            lambda: self.folder.prepare(info, data.samples, overwrite=self.overwrite, allow_changed=self.allow_changed)
+            lambda: self.folder.prepare(info, data.sample_blocks(), overwrite=self.overwrite, allow_changed=self.allow_changed)
         )
         self.info = self.folder.read_info()
         rank.published = self.folder.published(self.info)

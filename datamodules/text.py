@@ -1,5 +1,6 @@
 """TextDataModule: texts in, planned batches of whole samples out."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +21,7 @@ from exactivations.datamodules.sources import load_source
 from exactivations.datamodules.tokenization import TextOptions, TokenTable, tokenize, tokenizer_hash
 from exactivations.store.batches import Place, TokenBatch
 from exactivations.store.errors import InvalidInputError
-from exactivations.store.run_folder import OWN_COLUMNS
+from exactivations.store.run_folder import OWN_COLUMNS, SAMPLES_BLOCK
 
 
 class TextDataModule(pl.LightningDataModule):
@@ -146,18 +147,25 @@ class TextDataModule(pl.LightningDataModule):
 
     @property
     def samples(self) -> pa.Table:
-        """The table of all samples in dataset order: the content of samples.parquet. Made anew each time, as it can be large."""
+        """The table of all samples in dataset order, the content of samples.parquet. Made anew each time, as it can be large."""
+        return pa.concat_tables(self.sample_blocks())
+
+    def sample_blocks(self) -> Iterator[pa.Table]:
+        """Yields `samples` in blocks of SAMPLES_BLOCK rows, so that kept texts need never be in memory together."""
         kept = self.full_dataset.select_columns(self.columns).with_format("arrow")
-        table = kept[self.tokens.sample_index] if self.columns else pa.table({})
-        own = {
-            "sample_index": self.tokens.sample_index,
-            "n_tokens": self.tokens.n_tokens.astype(np.int32),
-            "token_hash": self.tokens.token_hash,
-            "truncated": self.tokens.truncated,
-            "shard": self.plan.shard_of_sample.astype(np.int32),
-            "row": self.plan.row_of_sample.astype(np.int32),
-        }
-        return pa.table({**own, **{name: table.column(name).combine_chunks() for name in self.columns}})
+        for start in range(0, len(self.tokens), SAMPLES_BLOCK):
+            block = slice(start, start + SAMPLES_BLOCK)
+            index = self.tokens.sample_index[block]
+            table = kept[index] if self.columns else pa.table({})
+            own = {
+                "sample_index": index,
+                "n_tokens": self.tokens.n_tokens[block].astype(np.int32),
+                "token_hash": self.tokens.token_hash[block],
+                "truncated": self.tokens.truncated[block],
+                "shard": self.plan.shard_of_sample[block].astype(np.int32),
+                "row": self.plan.row_of_sample[block].astype(np.int32),
+            }
+            yield pa.table({**own, **{name: table.column(name).combine_chunks() for name in self.columns}})
 
     def identity(self) -> dict[str, Any]:
         """What of the data decides the values of a run, by field name."""

@@ -109,10 +109,10 @@ class TokenTable:
         return np.concatenate([np.diff(start) for _, start in self._ids]).astype(np.int64)[self.kept]
 
     @cached_property
-    def token_hash(self) -> list[str]:
-        """Hash of each sample's token ids (xxh3-128 of them as little-endian int32)."""
-        hashes: list[str] = self.rows.column("token_hash").take(pa.array(self.kept)).to_pylist()
-        return hashes
+    def token_hash(self) -> pa.ChunkedArray:
+        """Strings [n], the hash of each sample's token ids (xxh3-128 of them as little-endian int32)."""
+        hashes = self.rows.column("token_hash")
+        return hashes if len(hashes) == len(self) else hashes.take(pa.array(self.kept))
 
     @cached_property
     def truncated(self) -> npt.NDArray[np.bool_]:
@@ -125,7 +125,7 @@ class TokenTable:
         """One hash for all samples, their indices and their masks, however the table is cut into chunks."""
         digest = xxhash.xxh3_128(self.sample_index.astype("<i8").tobytes())
         for value in self.token_hash:
-            digest.update(value.encode())
+            digest.update(value.as_buffer())
         for flat, _ in self._masks:
             digest.update(flat.tobytes())
         return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,12 @@ class ActivationStore:
         if verify_checksums:
             for shard in sorted(self.published):
                 verify_shard(self.folder.shard_path(shard))
-        table = self.folder.read_samples()
-        self._shard = table.column("shard").to_numpy()
-        self._row = table.column("row").to_numpy()
-        present = np.isin(self._shard, list(self.published))
-        if not present.all():
-            table, self._shard, self._row = table.filter(pa.array(present)), self._shard[present], self._row[present]
-        self.samples = table
-        self.sample_index: npt.NDArray[np.int64] = table.column("sample_index").to_numpy()
+        places = self.folder.read_samples(["sample_index", "n_tokens", "shard", "row"])
+        self._present = np.isin(places.column("shard").to_numpy(), list(self.published))
+        places = places.filter(pa.array(self._present))
+        self._shard, self._row = places.column("shard").to_numpy(), places.column("row").to_numpy()
+        self._n_tokens = places.column("n_tokens").to_numpy()
+        self.sample_index: npt.NDArray[np.int64] = places.column("sample_index").to_numpy()
         by_place = np.lexsort((self._row, self._shard))
         starts = np.searchsorted(self._shard[by_place], np.arange(self.info.n_shards + 1))
         self._positions = {shard: by_place[starts[shard] : starts[shard + 1]] for shard in sorted(self.published)}
@@ -97,6 +96,12 @@ class ActivationStore:
 
     def __repr__(self) -> str:
         return f"ActivationStore({str(self.folder.path)!r}: {len(self)} samples, {', '.join(self.names)})"
+
+    @cached_property
+    def samples(self) -> pa.Table:
+        """samples.parquet as an Arrow table, without the samples of missing shards. Read when it is first asked for."""
+        table = self.folder.read_samples()
+        return table if self._present.all() else table.filter(pa.array(self._present))
 
     @property
     def names(self) -> list[str]:
@@ -200,8 +205,8 @@ class ActivationStore:
         if shard not in self._open:
             tensors = self.folder.open_shard(shard, self.info)
             positions = self._positions[shard]
-            n_tokens = self.samples.column("n_tokens").to_numpy()[positions]
-            for name, expected in (("sample_index", self.sample_index[positions]), ("n_tokens", n_tokens)):
+            expected_n_tokens = self._n_tokens[positions]
+            for name, expected in (("sample_index", self.sample_index[positions]), ("n_tokens", expected_n_tokens)):
                 if not np.array_equal(tensors[name].numpy(), expected):
                     raise CorruptShardError(
                         f"{self.folder.shard_path(shard)} and {SAMPLES_FILE} disagree on {name}: one of them is damaged or belongs "

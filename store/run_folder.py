@@ -5,7 +5,9 @@ that several nodes wrote are merged by copying them into one.
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from exactivations.store.shard import flush_to_disk, open_shard
 
 FORMAT_VERSION = 1
 RUN_FILE, SAMPLES_FILE, SHARD_FOLDER = "run.json", "samples.parquet", "shards"
+SAMPLES_BLOCK = 8192  # rows of one row group of samples.parquet: so many are in memory at a time
 OWN_COLUMNS = ("sample_index", "n_tokens", "token_hash", "truncated", "shard", "row")
 ENVIRONMENT_FIELDS = frozenset({"torch", "transformers", "device_type", "cpu_threads"})
 """Fields of the identity that a user may allow to change in the middle of a run; all others never may."""
@@ -118,18 +121,24 @@ class RunFolder:
             raise StoreError(f"{path} cannot be read: it lacks {', '.join(missing)}")
         return RunInfo(**{f.name: content[f.name] for f in fields(RunInfo)})
 
-    def read_samples(self) -> pa.Table:
-        """Reads samples.parquet, mapped into memory."""
+    def read_samples(self, columns: list[str] | None = None) -> pa.Table:
+        """Reads samples.parquet, or some columns of it."""
         try:
-            return pq.read_table(self.path / SAMPLES_FILE, memory_map=True, page_checksum_verification=True)
+            return pq.read_table(self.path / SAMPLES_FILE, columns=columns, memory_map=True, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"{self.path / SAMPLES_FILE} cannot be read: {error}") from error
 
-    def prepare(self, info: RunInfo, samples: pa.Table, *, overwrite: bool, allow_changed: frozenset[str]) -> None:
+    def prepare(self, info: RunInfo, samples: Iterable[pa.Table], *, overwrite: bool, allow_changed: frozenset[str]) -> None:
         """Starts a new run here, or goes on with the one that is here if it is the same.
 
         Only to be called while no other process works in the folder. Left-over temporary files are removed. Killed at any
         moment, it leaves a folder that it can be called for again: run.json comes first, and is replaced, never removed.
+
+        Args:
+            info: What is to be run.
+            samples: The rows of samples.parquet, in tables of SAMPLES_BLOCK rows (the last one may be shorter).
+            overwrite: Remove the run that is there.
+            allow_changed: Fields of the environment that may differ from the run that is there.
 
         Raises:
             IdentityError: If the folder holds another run; every differing field is named with both values.
@@ -191,17 +200,33 @@ class RunFolder:
                 f"{self.path} is not empty and not a run folder (it holds {', '.join(sorted(strangers)[:5])}): name a new one"
             )
 
-    def _write_samples(self, samples: pa.Table) -> None:
+    def _write_samples(self, samples: Iterable[pa.Table]) -> None:
         temporary = self.path / f".{SAMPLES_FILE}.tmp"
+        blocks = iter(samples)
+        first = next(blocks)
         try:
-            pq.write_table(samples, temporary, compression="zstd", row_group_size=65536, write_page_checksum=True)
+            with pq.ParquetWriter(temporary, first.schema, compression="zstd", write_page_checksum=True) as file:
+                for block in chain([first], blocks):
+                    file.write_table(block, row_group_size=SAMPLES_BLOCK)
         except pa.ArrowNotImplementedError as error:
             raise InvalidInputError(f"a column cannot be kept in {SAMPLES_FILE}: {error}; name others with keep") from error
         flush_to_disk(temporary)
         temporary.replace(self.path / SAMPLES_FILE)
         flush_to_disk(self.path)
 
-    def _go_on(self, info: RunInfo, samples: pa.Table, allow_changed: frozenset[str]) -> None:
+    def _first_difference(self, info: RunInfo, samples: Iterable[pa.Table]) -> str | None:
+        """Says in what samples.parquet differs first from the samples as they are now, or None."""
+        path = self.path / SAMPLES_FILE
+        try:
+            with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as stored:
+                if stored.metadata.num_rows != info.n_samples:
+                    return f"{stored.metadata.num_rows} samples there, {info.n_samples} now"
+                differences = (first_difference(stored.read_row_group(group), now) for group, now in enumerate(samples))
+                return next(filter(None, differences), None)
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"{path} cannot be read: {error}") from error
+
+    def _go_on(self, info: RunInfo, samples: Iterable[pa.Table], allow_changed: frozenset[str]) -> None:
         stored = self.read_info()
         changed = {
             name: (stored.present_identity.get(name), info.identity.get(name))
@@ -209,7 +234,7 @@ class RunFolder:
             if stored.present_identity.get(name) != info.identity.get(name)
         }
         was_started = (self.path / SAMPLES_FILE).is_file()  # else the start was killed before anything was computed
-        samples_differ = first_difference(self.read_samples(), samples) if was_started else None
+        samples_differ = self._first_difference(info, samples) if was_started else None
         refused = {name: values for name, values in changed.items() if name not in allow_changed & ENVIRONMENT_FIELDS}
         if refused or samples_differ:
             lines = [f"  {name}: {_short(was)} there, {_short(now)} now" for name, (was, now) in refused.items()]

@@ -229,7 +229,7 @@ def test_skipping_records_the_empty_ones_and_leaves_the_indices_of_the_others(wo
     assert table.skipped == [1, 3, 4, 6]
     assert table.sample_index.tolist() == [0, 2, 5]
     assert ids_of(table) == [word_tokenizer(texts[i])["input_ids"] for i in (0, 2, 5)]
-    assert table.token_hash == [hash_of_ids(ids) for ids in ids_of(table)]
+    assert table.token_hash.to_pylist() == [hash_of_ids(ids) for ids in ids_of(table)]
     assert len(table) == len(table.n_tokens) == len(table.truncated) == 3
 
 
@@ -267,7 +267,7 @@ def test_options_that_do_not_fit_are_refused(options, message):
 
 def test_the_token_hash_is_xxh3_of_the_ids_as_little_endian_int32(word_tokenizer):
     table = table_of(TEXTS, word_tokenizer)
-    for text, found in zip(TEXTS, table.token_hash, strict=True):
+    for text, found in zip(TEXTS, table.token_hash.to_pylist(), strict=True):
         ids = word_tokenizer(text)["input_ids"]
         assert found == xxhash.xxh3_128(b"".join(token.to_bytes(4, "little") for token in ids)).hexdigest()
 

@@ -82,7 +82,7 @@ def make_store(path, sample_index, lengths, n_shards=3, names=WIDTHS, dtype="flo
     path.mkdir(parents=True, exist_ok=True)
     info = run_info(n_shards, lengths, names, dtype, skipped=list(skipped))
     table = sample_table(sample_index, lengths, shard, rows, **columns)
-    folder.prepare(info, table, overwrite=False, allow_changed=frozenset())
+    folder.prepare(info, [table], overwrite=False, allow_changed=frozenset())
     for number, part in enumerate(parts):
         if number not in leave_out:
             tensors = shard_tensors([sample_index[p] for p in part], [lengths[p] for p in part], names, getattr(torch, dtype))

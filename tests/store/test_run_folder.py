@@ -23,7 +23,7 @@ def prepare(path, identity=IDENTITY, table=TABLE, *, overwrite=False, allow=(), 
     path.mkdir(exist_ok=True, parents=True)
     folder = RunFolder(path)
     info = run_info(2, LENGTHS, identity=dict(identity), **changes)
-    folder.prepare(info, table, overwrite=overwrite, allow_changed=frozenset(allow))
+    folder.prepare(info, [table], overwrite=overwrite, allow_changed=frozenset(allow))
     return folder
 
 
@@ -204,11 +204,11 @@ def test_a_start_killed_at_any_step_can_be_made_again(tmp_path, monkeypatch, ove
         with monkeypatch.context() as patch:
             for name in ("replace", "unlink", "write_text", "mkdir"):
                 patch.setattr(type(path), name, step(getattr(type(path), name)))
-            patch.setattr(run_folder_module.pq, "write_table", step(run_folder_module.pq.write_table))
+            patch.setattr(run_folder_module.pq.ParquetWriter, "write_table", step(run_folder_module.pq.ParquetWriter.write_table))
             try:
                 folder = RunFolder(path)
                 os.makedirs(path, exist_ok=True)
-                folder.prepare(run_info(2, LENGTHS), TABLE, overwrite=overwrite, allow_changed=frozenset())
+                folder.prepare(run_info(2, LENGTHS), [TABLE], overwrite=overwrite, allow_changed=frozenset())
                 finished = True
             except Killed:
                 pass
@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     (tmp_path / "file").write_text("")  # the tests may run as root, whom permissions do not stop
     folder = RunFolder(tmp_path / "file" / "run")
     with pytest.raises(StoreError, match="cannot write to the run folder"):
-        folder.prepare(run_info(2, LENGTHS), TABLE, overwrite=False, allow_changed=frozenset())
+        folder.prepare(run_info(2, LENGTHS), [TABLE], overwrite=False, allow_changed=frozenset())
     with pytest.raises(StoreError, match="cannot write to the run folder"):
         RunLock(folder.path, "run").acquire(lambda: None)
     with pytest.raises(StoreError, match="not a run folder"):
@@ -269,7 +269,7 @@ def test_a_full_disk_while_starting_is_told_and_a_later_start_goes_on(tmp_path, 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder_module.pq, "write_table", full)
+        patch.setattr(run_folder_module.pq.ParquetWriter, "write_table", full)
         with pytest.raises(StoreError, match="No space left on device"):
             prepare(tmp_path)
     assert prepare(tmp_path).read_samples().equals(TABLE)
