@@ -2,7 +2,9 @@
 
 import queue
 import socket
+import sys
 import threading
+import traceback
 import uuid
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -81,6 +83,9 @@ class ActivationWriter(BasePredictionWriter):
             self._take_folder(pl_module, data, run_id, rank)
         except ExactivationsError as error:
             rank.failure = error
+        except Exception as error:  # the other ranks wait for this one, whatever went wrong
+            traceback.print_exc()
+            rank.failure = StoreError(f"rank {trainer.global_rank} failed before it began: {type(error).__name__}: {error}")
         ranks: list[RankReport] = gather(rank)
         failure = next((rank.failure for rank in ranks if rank.failure is not None), None) or _first_disagreement(ranks)
         if failure is not None:
@@ -97,6 +102,7 @@ class ActivationWriter(BasePredictionWriter):
         specs = extractor.specs()
         info = run_info(extractor, data, specs)
         rank.identity = info.identity
+        self.folder.refuse_strangers()  # before the lock, which leaves a file
         self._lock = RunLock(self.folder.path, run_id)
         self._lock.acquire(
             lambda: self.folder.prepare(info, data.sample_blocks(), overwrite=self.overwrite, allow_changed=self.allow_changed)
@@ -156,6 +162,8 @@ class ActivationWriter(BasePredictionWriter):
         if self._thread is not None:
             self._thread.abandon()
             self._thread = None
+            if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+                print("interrupted: what was published stays; start the same command again, and it goes on", file=sys.stderr)
         self._release()
 
     def _release(self) -> None:

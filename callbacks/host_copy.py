@@ -39,7 +39,7 @@ class HostCopier:
             for name, values in batch.activations.items():
                 values.record_stream(self._stream)  # its memory is not reused before the copy has read it
                 copied[name] = _buffer(slot, name, values).copy_(values, non_blocking=True)
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             done.record(self._stream)
         return HostCopy(replace(batch, activations=copied), wait=done.synchronize, release=lambda: self._free.put(slot))
 

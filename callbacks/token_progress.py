@@ -23,6 +23,7 @@ class TokenProgress(Callback):
         self.n_tokens = 0
         self.seconds = 0.0
         self._bar: tqdm[Any] | None = None
+        self._started: float | None = None
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Opens the bar."""
@@ -32,7 +33,6 @@ class TokenProgress(Callback):
         self._costs = iter(plan.batch_cost[batches])
         self._cost_left = float(plan.batch_cost[batches].sum())
         self._cost_done = 0.0
-        self._started = time.monotonic()
         self._bar = tqdm(
             total=int(plan.batch_tokens[batches].sum()),
             desc="extracting" if trainer.world_size == 1 else f"extracting (rank 0 of {trainer.world_size})",
@@ -41,11 +41,18 @@ class TokenProgress(Callback):
             disable=trainer.global_rank != 0 or not sys.stderr.isatty(),
         )  # fmt: skip
 
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Starts the clock with the first batch: the extractor's trial of the heaviest ones comes before."""
+        if self._started is None:
+            self._started = time.monotonic()
+
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Counts a batch."""
-        assert isinstance(outputs, ActivationBatch) and self._bar is not None
+        assert isinstance(outputs, ActivationBatch) and self._bar is not None and self._started is not None
         cost = float(next(self._costs))
         self._cost_done += cost
         self._cost_left -= cost
@@ -56,7 +63,7 @@ class TokenProgress(Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Closes the bar."""
-        self.seconds = time.monotonic() - self._started
+        self.seconds = 0.0 if self._started is None else time.monotonic() - self._started
         if self._bar is not None:
             self._bar.close()
 

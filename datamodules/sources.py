@@ -4,6 +4,7 @@ import glob
 from pathlib import Path
 
 import datasets
+import xxhash
 
 from exactivations.datamodules.demo import demo_functions
 from exactivations.store.errors import InvalidInputError
@@ -72,10 +73,19 @@ def _load_file(path: Path, text_column: str) -> datasets.Dataset:
     name = glob.escape(str(path))  # `datasets` takes names for patterns: a[1].csv would silently read a1.csv
     options = CSV_OPTIONS if builder == "csv" else {}
     try:
-        loaded = datasets.load_dataset(builder, data_files={"train": name}, split="train", **options)
+        # The content names the cached copy. `datasets` itself goes by the time of the last change, which a copy may keep.
+        loaded = datasets.load_dataset(builder, _content_hash(path), data_files={"train": name}, split="train", **options)
     except READ_ERRORS as error:
         raise InvalidInputError(f"dataset {path} cannot be read: {_reason(error)}") from error
     return loaded.rename_column("text", text_column) if builder == "text" and text_column != "text" else loaded
+
+
+def _content_hash(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _load_saved(path: Path) -> datasets.Dataset | datasets.DatasetDict:

@@ -7,11 +7,11 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.hook_points import HookPoint, cut_after, reading, resolve_hook_points
+from exactivations.lit_modules.hook_points import HookPoint, cut_after, dissect, reading, resolve_hook_points
 from exactivations.lit_modules.language_model import (
     DTYPES,
     ModelOptions,
@@ -27,6 +27,11 @@ from exactivations.lit_modules.language_model import (
 from exactivations.lit_modules.pooling import TOKENS, check_pooling, pool
 from exactivations.store.batches import ActivationBatch, ActivationSpec, TokenBatch
 from exactivations.store.errors import InvalidInputError
+
+VALUES_VERSION = 1
+"""Goes up when a change of this package changes the values that it extracts."""
+
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 @dataclass(frozen=True)
@@ -90,23 +95,28 @@ class ActivationExtractor(pl.LightningModule):
         self._loaded: LoadedModel | None = None
 
     def load(self, device: torch.device | str = "cpu") -> LoadedModel:
-        """Loads, hashes, cuts and moves the model and looks once at every hook point; the second call returns the same."""
-        if self._loaded is None:
-            if self.cpu_threads is not None:
-                torch.set_num_threads(self.cpu_threads)
-            given = self._given[0]
-            if isinstance(given, str):
-                body = load_model(given, self.options, torch.device(device).type)
-                points = resolve_hook_points(body, self.hook_point_names)
-                hash_of_all = weights_hash(body)
-                cut_after(body, points)
-                body.to(device)  # type: ignore[arg-type]  # transformers' own annotation lacks torch.device
-            else:
-                body = body_of(given)
-                points = resolve_hook_points(body, self.hook_point_names)
-                hash_of_all = weights_hash(body)
-            arguments = forward_arguments(body)
-            self._loaded = LoadedModel(body, points, _widths(body, points, arguments), arguments, hash_of_all)
+        """Loads, hashes, cuts and moves the model and looks once at every hook point; the second call returns the same.
+
+        Raises:
+            InvalidInputError: If it cannot be loaded or read as asked, or was loaded onto another device before.
+        """
+        given, device = self._given[0], torch.device(device)
+        if self._loaded is not None:
+            elsewhere = self._loaded.device.type != device.type or device.index not in (None, self._loaded.device.index)
+            if isinstance(given, str) and elsewhere and device.type != "cpu":
+                raise InvalidInputError(f"{given} was loaded onto {self._loaded.device} before: make a new extractor for {device}")
+            return self._loaded
+        if self.cpu_threads is not None:
+            torch.set_num_threads(self.cpu_threads)
+        body, random = load_model(given, self.options, device.type) if isinstance(given, str) else (body_of(given), frozenset())
+        points, arguments = resolve_hook_points(body, self.hook_point_names), forward_arguments(body)
+        hash_of_all = weights_hash(body, without=random)
+        if isinstance(given, str):
+            cut_after(body, points)
+            body.to(device)  # type: ignore[arg-type]  # transformers' own annotation lacks torch.device
+        widths = _widths(body, points, arguments)
+        refuse_random_weights(body, points, arguments, random)
+        self._loaded = LoadedModel(body, points, widths, arguments, hash_of_all)
         return self._loaded
 
     def specs(self) -> dict[str, ActivationSpec]:
@@ -128,11 +138,16 @@ class ActivationExtractor(pl.LightningModule):
             "model_config": config_hash(loaded.model),
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "attn_implementation": getattr(config, "_attn_implementation", None),
+            "experts_implementation": getattr(config, "_experts_implementation", None),
+            "forward_hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in loaded.model.modules()),
             "hook_points": self.hook_point_names,
+            "hook_paths": [f"input of {point.path}" if point.reads_input else point.path for point in loaded.hook_points],
             "poolings": self.poolings,
             "store_dtype": str(self._out_dtype(loaded)).removeprefix("torch."),
             "device_type": _device_kind(loaded.device),
             "cpu_threads": torch.get_num_threads() if loaded.device.type == "cpu" else None,
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "values_version": VALUES_VERSION,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
@@ -241,6 +256,12 @@ class ActivationExtractor(pl.LightningModule):
             InvalidInputError: If the states differ.
         """
         loaded = self.load(self.device)
+        types = _rope_types(loaded.model.config.to_dict()) & LENGTH_DEPENDENT_ROPE
+        if types:
+            raise InvalidInputError(
+                f"padding='tail' is refused: {type(loaded.model).__name__} turns its rotary embedding by the length of the batch "
+                f"({', '.join(types)}), so padding would change the states of real tokens. Use padding='none'"
+            )
         tolerance = 1e-5 if loaded.model.dtype == torch.float32 else 1e-2  # a few units of rounding; encoders are at 3% or more
         vocabulary = vocabulary_size(loaded.model) or 32
         ids = torch.arange(32).remainder(vocabulary)[None]
@@ -293,16 +314,66 @@ def _widths(model: PreTrainedModel, points: list[HookPoint], arguments: dict[str
     Raises:
         InvalidInputError: If a module runs never, or more than once (its output would be ambiguous).
     """
-    seen: dict[str, list[int]] = {point.name: [] for point in points}
-    ids = torch.arange(4, device=model.device)[None]
-    with torch.no_grad(), evaluating(model), reading(model, points, lambda name, x: seen[name].append(x.shape[-1]), stop=False):
-        model(input_ids=ids, **arguments)
-    for name, widths in seen.items():
-        if len(widths) != 1:
+    shapes: dict[str, list[list[int]]] = {point.name: [] for point in points}
+    last_block_ran: list[bool] = []
+
+    def read(name: str, state: Tensor) -> None:
+        shapes[name].append(list(state.shape))
+        if name == "final_norm" and not last_block_ran:
+            raise InvalidInputError(f"hook point final_norm: the norm beside the blocks of {type(model).__name__} runs before them")
+
+    blocks = dissect(model).blocks
+    last = model.get_submodule(f"{blocks}.{len(list(model.get_submodule(blocks).children())) - 1}") if blocks else model
+    handle = last.register_forward_hook(lambda *_: last_block_ran.append(True))
+    try:
+        with torch.no_grad(), evaluating(model), reading(model, points, read, stop=False):
+            model(input_ids=torch.arange(4, device=model.device)[None], **arguments)
+    finally:
+        handle.remove()
+    for name, found in shapes.items():
+        if len(found) != 1:
             raise InvalidInputError(
-                f"hook point {name} runs {len(widths)} times in one forward pass; only what runs exactly once can be read"
+                f"hook point {name} runs {len(found)} times in one forward pass; only what runs exactly once can be read"
             )
-    return {name: widths[0] for name, widths in seen.items()}
+        if found[0][:2] != [1, 4] or len(found[0]) != 3:
+            raise InvalidInputError(f"hook point {name} has shape {found[0]} for a batch [1, 4]; expected [1, 4, D]")
+    return {name: found[0][2] for name, found in shapes.items()}
+
+
+def refuse_random_weights(
+    model: PreTrainedModel, points: list[HookPoint], arguments: dict[str, Any], random: frozenset[str]
+) -> None:
+    """Refuses a model of which a module with random weights runs before all hook points are read.
+
+    Raises:
+        InvalidInputError: Naming the weights that the checkpoint lacks.
+    """
+    modules = dict(model.named_modules())
+    owners = {name: modules[name.rpartition(".")[0]] for name in sorted(random) if name.rpartition(".")[0] in modules}
+    ran: set[nn.Module] = set()
+    handles = [module.register_forward_pre_hook(lambda module, _: ran.add(module)) for module in set(owners.values())]
+    try:
+        if owners:
+            with torch.no_grad(), evaluating(model), reading(model, points, lambda *_: None):
+                model(input_ids=torch.arange(4, device=model.device)[None], **arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    used = [name for name, module in owners.items() if module in ran]
+    if used:
+        more = f" and {len(used) - 3} more" if len(used) > 3 else ""
+        raise InvalidInputError(
+            f"the checkpoint lacks {', '.join(used[:3])}{more}, which {type(model).__name__} needs up to the deepest hook point: "
+            "they would be random, and other ones each time. The checkpoint is not whole, or belongs to another architecture"
+        )
+
+
+def _rope_types(config: Any) -> set[str]:
+    """Returns all values of rope_type (or type) in the rope parameters of a configuration, however deep they lie."""
+    if not isinstance(config, dict):
+        return set()
+    found = {str(value) for name, value in config.items() if name in ("rope_type", "type") and isinstance(value, str)}
+    return found.union(*(_rope_types(value) for value in config.values()))
 
 
 def _real_positions(batch: TokenBatch) -> Tensor:
@@ -314,4 +385,4 @@ def _real_positions(batch: TokenBatch) -> Tensor:
 def _device_kind(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.machine()})" if device.type == "cpu" else device.type
+    return f"cpu ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type

@@ -8,6 +8,7 @@ There is no table of architectures. The blocks are the one `nn.ModuleList` that 
 layers; the rest is found beside and inside them by class and attribute names. What cannot be found is said, not guessed.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -44,15 +45,15 @@ class Anatomy:
     Attributes:
         blocks: Dotted path of the list of blocks; None if there is not exactly one.
         n_blocks: How many there are.
-        attention, mlp: Path inside a block of the modules behind attn_out and mlp_out; None if not found.
+        attention, mlp: For each block the path inside it of the modules behind attn_out and mlp_out; None if it has none.
         final_norm: Dotted path; None if not found.
         notes: What was not found, and why, in words.
     """
 
     blocks: str | None
     n_blocks: int
-    attention: str | None
-    mlp: str | None
+    attention: tuple[str | None, ...]
+    mlp: tuple[str | None, ...]
     final_norm: str | None
     notes: tuple[str, ...]
 
@@ -60,14 +61,17 @@ class Anatomy:
         """Returns the names of all hook points that were found, in the order of the forward pass."""
         if self.blocks is None:
             return []
-        kinds = [("attn_out", self.attention), ("mlp_out", self.mlp), ("resid_post", "")]
-        in_blocks = [f"{kind}.{i}" for i in range(self.n_blocks) for kind, path in kinds if path is not None]
+        in_blocks = []
+        for i, (attention, mlp) in enumerate(zip(self.attention, self.mlp, strict=True)):
+            in_blocks += [f"attn_out.{i}"] if attention else []
+            in_blocks += [f"mlp_out.{i}"] if mlp else []
+            in_blocks += [f"resid_post.{i}"]
         return ["embed", *in_blocks, *(["final_norm"] if self.final_norm else [])]
 
 
 def dissect(model: PreTrainedModel) -> Anatomy:
     """Finds blocks, attention, MLP and final norm of a model without a head."""
-    n_layers = getattr(model.config, "num_hidden_layers", None)
+    n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers and len(m)]
     lists = [(path, m) for path, m in lists if not any(path.startswith(f"{outer}.") for outer, _ in lists)]
     if len(lists) != 1:
@@ -75,17 +79,25 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         note = (
             f"blocks: looked for one list of {n_layers} modules (the configuration's number of layers), {found}; use module:<path>"
         )
-        return Anatomy(None, 0, None, None, None, (note,))
+        return Anatomy(None, 0, (), (), None, (note,))
     path, blocks = lists[0]
-    attention, mlp = _attention_in(blocks[0]), _mlp_in(blocks[0])
+    attention, mlp = tuple(map(_attention_in, blocks)), tuple(map(_mlp_in, blocks))
     final_norm = _final_norm_beside(model, path)
-    missing = {
-        "attn_out": (attention, f"no attention module in {type(blocks[0]).__name__}"),
-        "mlp_out": (mlp, f"no MLP module in {type(blocks[0]).__name__}"),
-        "final_norm": (final_norm, "no norm beside the blocks: this architecture has none after its last block"),
-    }
-    notes = tuple(f"{kind}: {why}" for kind, (found_path, why) in missing.items() if found_path is None)
-    return Anatomy(path, len(blocks), attention, mlp, final_norm, notes)
+    notes = [*_notes("attn_out", "attention", attention, blocks), *_notes("mlp_out", "MLP", mlp, blocks)]
+    if final_norm is None:
+        notes.append("final_norm: no single norm stands beside the blocks")
+    return Anatomy(path, len(blocks), attention, mlp, final_norm, tuple(notes))
+
+
+def _notes(kind: str, what: str, found: tuple[str | None, ...], blocks: nn.ModuleList) -> list[str]:
+    """Says in which blocks a module was not found."""
+    without = [i for i, path in enumerate(found) if path is None]
+    if not without:
+        return []
+    where = "" if len(without) == len(found) else f" (layers {', '.join(map(str, without))})"
+    return [
+        f"{kind}: no {what} module in {type(blocks[without[0]]).__name__}{where} that leaves the residual out; use module:<path>"
+    ]
 
 
 def _children_named(block: nn.Module, names: str, classes: str) -> list[str]:
@@ -97,34 +109,38 @@ def _children_named(block: nn.Module, names: str, classes: str) -> list[str]:
 
 def _attention_in(block: nn.Module) -> str | None:
     found = _children_named(block, r"attn|attention|self_attn|self_attention", r"(?i)attention$")
-    if len(found) != 1:
-        return None
-    return _before_residual(block, found[0], f"{found[0]}.output")
+    return _without_residual(block, found[0], f"{found[0]}.output") if len(found) == 1 else None
 
 
 def _mlp_in(block: nn.Module) -> str | None:
     found = _children_named(
         block, r"mlp|ffn|feed_forward|feedforward|block_sparse_moe|moe", r"(?i)(mlp|moe|ffn|feedforward|sparsemoeblock)$"
     )
-    if len(found) == 1:
-        return found[0]
-    return _before_residual(block, None, "output")
+    return _without_residual(block, found[0] if len(found) == 1 else None, "output")
 
 
-def _before_residual(block: nn.Module, plain: str | None, output: str) -> str | None:
-    """In BERT and its kin a module `output` holds projection, residual sum and norm; its `dense` is what is put out."""
-    try:
-        inner = block.get_submodule(output)
-    except AttributeError:
-        return plain
-    names = {name for name, _ in inner.named_children()}
-    return f"{output}.dense" if "dense" in names and any("norm" in name.lower() for name in names) else plain
+def _without_residual(block: nn.Module, plain: str | None, output: str) -> str | None:
+    """Returns the path of what is put out before the residual is added to it; None if no module puts out just that.
+
+    BERT and its kin have a module `output` that projects (its `dense`) and then adds the residual. A module that takes the
+    residual as an argument (BLOOM, MPT), or normalises its own sum (MPNet), adds it too, and nothing inside it is known to us.
+    """
+    modules = dict(block.named_modules())
+    if f"{output}.dense" in modules and plain in (None, output.partition(".")[0]):
+        return f"{output}.dense"
+    if plain is None:
+        return None
+    takes_it = "residual" in inspect.signature(modules[plain].forward).parameters
+    normalises = any(re.fullmatch(r"(?i)layer_?norm", name) for name, _ in modules[plain].named_children())
+    return None if takes_it or normalises else plain
 
 
 def _final_norm_beside(model: nn.Module, blocks_path: str) -> str | None:
     parent_path = blocks_path.rpartition(".")[0]
     parent = model.get_submodule(parent_path)
-    norms = [name for name, child in parent.named_children() if re.search(r"(?i)norm", type(child).__name__) and "emb" not in name]
+    norms = [name for name, child in parent.named_children() if re.search(r"(?i)norm", type(child).__name__)]
+    if len(norms) > 1:  # BLOOM has one on its word embeddings too; that the other one runs last is checked when it is first read
+        norms = [name for name in norms if "emb" not in name]
     if len(norms) != 1:
         return None
     return f"{parent_path}.{norms[0]}" if parent_path else norms[0]
@@ -158,9 +174,8 @@ def _resolve(model: PreTrainedModel, anatomy: Anatomy, name: str) -> HookPoint:
         raise InvalidInputError(
             f"hook point {name!r} is not one of embed, {', '.join(f'{k}.<layer>' for k in BLOCK_KINDS)}, final_norm, module:<path>"
         )
-    note = next((note for note in anatomy.notes if note.startswith((f"{kind}:", "blocks:"))), None)
-    if note is not None:
-        raise InvalidInputError(f"hook point {name} is not in {type(model).__name__}: {note}")
+    if anatomy.blocks is None or (kind == "final_norm" and anatomy.final_norm is None):
+        raise InvalidInputError(f"hook point {name} is not in {type(model).__name__}: {anatomy.notes[-1]}")
     if kind == "embed":
         return HookPoint(name, f"{anatomy.blocks}.0", reads_input=True)
     if kind == "final_norm":
@@ -169,8 +184,13 @@ def _resolve(model: PreTrainedModel, anatomy: Anatomy, name: str) -> HookPoint:
         raise InvalidInputError(
             f"hook point {name}: there is no layer {layer}; {type(model).__name__} has layers 0 to {anatomy.n_blocks - 1}"
         )
-    inside = {"resid_post": "", "attn_out": f".{anatomy.attention}", "mlp_out": f".{anatomy.mlp}"}[kind]
-    return HookPoint(name, f"{anatomy.blocks}.{int(layer)}{inside}")
+    if kind == "resid_post":
+        return HookPoint(name, f"{anatomy.blocks}.{int(layer)}")
+    inside = (anatomy.attention if kind == "attn_out" else anatomy.mlp)[int(layer)]
+    if inside is None:
+        note = next(note for note in anatomy.notes if note.startswith(f"{kind}:"))
+        raise InvalidInputError(f"hook point {name} is not in {type(model).__name__}: {note}")
+    return HookPoint(name, f"{anatomy.blocks}.{int(layer)}.{inside}")
 
 
 def cut_after(model: PreTrainedModel, hook_points: list[HookPoint]) -> int:

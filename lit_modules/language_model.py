@@ -39,8 +39,12 @@ class ModelOptions:
             raise InvalidInputError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
-def load_model(name: str, options: ModelOptions, device_type: str) -> PreTrainedModel:
-    """Loads the model's body (no head) onto the host, in evaluation mode and without a cache.
+def load_model(name: str, options: ModelOptions, device_type: str) -> tuple[PreTrainedModel, frozenset[str]]:
+    """Loads the model's body (no head) onto the host, in evaluation mode.
+
+    Returns:
+        The model, and the names of weights that the checkpoint lacks and that were therefore drawn at random (a pooler that
+        only pre-training with another head would have made, say). Who runs these must be refused: see `refuse_random_weights`.
 
     Raises:
         InvalidInputError: If there is no such model, or it cannot be loaded as asked.
@@ -48,13 +52,15 @@ def load_model(name: str, options: ModelOptions, device_type: str) -> PreTrained
     dtype: Any = DTYPES.get(options.dtype, torch.float32 if device_type == "cpu" else "auto")
     arguments: dict[str, Any] = {} if options.attn_implementation is None else {"attn_implementation": options.attn_implementation}
     try:
-        model: PreTrainedModel = AutoModel.from_pretrained(
-            resolve_model(name), revision=options.revision, dtype=dtype, trust_remote_code=options.trust_remote_code, **arguments
-        )
+        model, loading = AutoModel.from_pretrained(
+            resolve_model(name), revision=options.revision, dtype=dtype, trust_remote_code=options.trust_remote_code,
+            output_loading_info=True, **arguments,
+        )  # fmt: skip
     except (OSError, ValueError, ImportError) as error:
         raise InvalidInputError(f"model {name!r} could not be loaded: {error}") from error
     model.train(False)
-    return model
+    assert isinstance(model, PreTrainedModel)
+    return model, frozenset(loading["missing_keys"])
 
 
 def load_skeleton(name: str, options: ModelOptions) -> PreTrainedModel:
@@ -92,15 +98,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def body_of(model: PreTrainedModel) -> PreTrainedModel:
     """Returns the model without its head (the language-model head costs a lot and is never read)."""
-    body = model.base_model
-    assert isinstance(body, PreTrainedModel)
+    body = model.base_model if isinstance(model, PreTrainedModel) else model
+    if not isinstance(body, PreTrainedModel):
+        raise InvalidInputError(f"a {type(model).__name__} is no Hugging Face model; an adapter's is model.merge_and_unload()")
     return body
 
 
-def weights_hash(model: nn.Module) -> str:
-    """Returns the xxh3-128 over names, dtypes, shapes and bytes of all weights: what the model is, whatever it is called."""
+def weights_hash(model: nn.Module, without: frozenset[str] = frozenset()) -> str:
+    """Returns the xxh3-128 over names, dtypes, shapes and bytes of all weights: what the model is, whatever it is called.
+
+    Args:
+        model: The whole model.
+        without: Names of weights that are not part of it (random ones that never run).
+    """
     digest = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
+        if name in without:
+            continue
         tensor = tensor.detach().contiguous().cpu()
         digest.update(f"{name}|{tensor.dtype}|{list(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
@@ -124,7 +138,7 @@ def config_hash(model: PreTrainedModel) -> str:
 
 def max_positions(model: PreTrainedModel) -> int | None:
     """Returns how many tokens a sample may have at most, or None if the architecture has no limit."""
-    positions: int | None = getattr(model.config, "max_position_embeddings", None)
+    positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None or positions < 1:
         return None
     for name, module in model.named_modules():  # RoBERTa and its kin start to count after the padding index

@@ -4,12 +4,15 @@ import os
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from exactivations.callbacks.activation_writer import ActivationWriter
     from exactivations.callbacks.token_progress import TokenProgress
     from exactivations.datamodules.text import TextDataModule
     from exactivations.lit_modules.extraction import ActivationExtractor
 
-SHARD_BYTES = 2**30  # a full shard and one being filled stay well within any host's memory
+SHARD_BYTES = 2**30  # each rank holds one shard in memory while it fills
 
 
 def extract(
@@ -58,7 +61,8 @@ def extract(
         model: "demo" (embedded), a Hugging Face hub id, or a local path.
         dataset: "demo" (embedded), a hub id, a .jsonl, .csv, .parquet or .txt file, or a folder saved by `datasets`.
         out: The run folder to write.
-        layers: Layers at which the block hooks are read, such as 1 3, or "all". Negative ones count from the last: -1.
+        layers: Layers at which the block hooks are read, such as 1 3, or "all"; needed by resid_post, attn_out and mlp_out.
+            Negative ones count from the last: -1.
         hooks: What is read: resid_post, attn_out, mlp_out (at each layer), embed, final_norm, module:<path>, or one full
             name such as resid_post.3. Default: resid_post.
         pooling: tokens, last, first, mean, max, exp_decay:<half-life>, each at each hook point. Default: mean last.
@@ -95,11 +99,12 @@ def extract(
         overwrite: Remove the run that is in the folder, and start anew.
         allow_changed: Of torch, transformers, device_type, cpu_threads: what may differ from the run that is being continued.
     """
-    from exactivations.callbacks.process_watch import end_with_parent
+    from exactivations.callbacks.process_watch import end_with_parent, named_to_children
 
     end_with_parent(int(os.environ.get("LOCAL_RANK", "0")))
 
     import lightning.pytorch as pl
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from exactivations.callbacks.activation_writer import ActivationWriter
     from exactivations.callbacks.token_progress import TokenProgress
@@ -107,16 +112,18 @@ def extract(
     from exactivations.datamodules.text import TextDataModule
     from exactivations.datamodules.tokenization import TextOptions
     from exactivations.lit_modules.extraction import ActivationExtractor, check_lengths
-    from exactivations.lit_modules.hook_points import resolve_hook_points
+    from exactivations.lit_modules.hook_points import dissect, resolve_hook_points
     from exactivations.lit_modules.language_model import ModelOptions, load_skeleton
+    from exactivations.store.errors import InvalidInputError
 
     options = ModelOptions(revision, dtype, attn_implementation, trust_remote_code)
     skeleton = load_skeleton(model, options)
-    names = hook_point_names(skeleton.config.num_hidden_layers, layers, hooks or ["resid_post"])
+    anatomy = dissect(skeleton)
+    if layers and anatomy.blocks is None:
+        raise InvalidInputError(f"{type(skeleton).__name__} has no layers that can be named: {anatomy.notes[0]}")
+    names = hook_point_names(anatomy.n_blocks, layers, hooks or ["resid_post"])
     resolve_hook_points(skeleton, names)
     poolings = pooling or ["mean", "last"]
-    if shard_tokens is None:
-        shard_tokens = default_shard_tokens(skeleton.config.hidden_size, len(names), poolings, store_dtype or dtype, token_budget)
     data = TextDataModule(
         dataset,
         tokenizer or model,
@@ -130,20 +137,26 @@ def extract(
             add_generation_prompt=add_generation_prompt, add_special_tokens=add_special_tokens, token_mask=token_mask,
             truncation_side=truncation_side, on_empty=on_empty,
         ),
-        plan_options=PlanOptions(token_budget, shard_tokens, padding, max_padded_share),
         tokenizer_revision=None if tokenizer else revision,
         trust_remote_code=trust_remote_code,
         tokenizer_processes=tokenizer_processes,
     )  # fmt: skip
+    if shard_tokens is None:
+        width = skeleton.config.get_text_config().hidden_size
+        shard_tokens = default_shard_tokens(width * len(names), poolings, store_dtype or dtype, token_budget, data.tokens.n_tokens)
+    data.plan_options = PlanOptions(token_budget, shard_tokens, padding, max_padded_share)
     data.setup()  # here, before other processes are started: what is wrong with the data is told once, and early
     check_lengths(skeleton, data)
     del skeleton
 
     writer, progress = ActivationWriter(out, overwrite=overwrite, allow_changed=tuple(allow_changed or ())), TokenProgress()
-    trainer = pl.Trainer(
-        accelerator=accelerator, devices=devices, num_nodes=num_nodes, callbacks=[writer, progress], logger=False,
-        use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
+    try:
+        trainer = pl.Trainer(
+            accelerator=accelerator, devices=devices, num_nodes=num_nodes, callbacks=[writer, progress], logger=False,
+            use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        )  # fmt: skip
+    except (MisconfigurationException, ValueError) as error:
+        raise InvalidInputError(f"--accelerator {accelerator} --devices {devices} cannot be had here: {error}") from error
     threads = cpu_threads or threads_of_run(out, overwrite) or max(1, (os.cpu_count() or 1) // trainer.num_devices)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # Lightning sets threads by this variable when it starts processes
     extractor = ActivationExtractor(
@@ -152,7 +165,8 @@ def extract(
     )  # fmt: skip
     if trainer.is_global_zero:
         tell_plan(data, out)
-    trainer.predict(extractor, datamodule=data, return_predictions=False)
+    with named_to_children():
+        trainer.predict(extractor, datamodule=data, return_predictions=False)
     if trainer.is_global_zero:
         tell_result(writer, data, progress, extractor, trainer.world_size)
 
@@ -183,12 +197,20 @@ def hook_point_names(n_layers: int, layers: list[int] | str | None, hooks: list[
     return names
 
 
-def default_shard_tokens(width: int, n_hook_points: int, poolings: list[str], dtype: str, token_budget: int) -> int:
-    """Returns how many tokens make a shard of about SHARD_BYTES when token rows are stored."""
-    if "tokens" not in poolings:
-        return max(token_budget, 131072)
-    bytes_per_token = width * n_hook_points * (2 if dtype in ("bfloat16", "float16") else 4)
-    return max(token_budget, min(131072, SHARD_BYTES // bytes_per_token))
+def default_shard_tokens(width: int, poolings: list[str], dtype: str, token_budget: int, n_tokens: "npt.NDArray[np.int64]") -> int:
+    """Returns how many tokens make a shard of about SHARD_BYTES, at most 131,072 and at least a batch.
+
+    Args:
+        width: Width of all hook points together.
+        poolings: What is stored of each: token rows weigh far more than pooled ones.
+        dtype: Dtype of the store; "auto" is taken for four bytes.
+        token_budget: Most tokens in a batch.
+        n_tokens: Length of each sample.
+    """
+    pooled_rows_per_token = (len(poolings) - ("tokens" in poolings)) * len(n_tokens) / int(n_tokens.sum())
+    rows_per_token = ("tokens" in poolings) + pooled_rows_per_token
+    bytes_per_token = width * rows_per_token * (2 if dtype in ("bfloat16", "float16") else 4)
+    return max(token_budget, min(131072, int(SHARD_BYTES / bytes_per_token)))
 
 
 def threads_of_run(out: str, overwrite: bool) -> int | None:

@@ -76,11 +76,15 @@ def to_parser_spelling(args: list[str]) -> list[str]:
     rest = list(args)
     while rest:
         arg = rest.pop(0)
+        attached = arg.startswith("--") and "=" in arg
+        if attached:
+            arg, _, value = arg.partition("=")
+            rest.insert(0, value)
         annotation = annotations.get(arg.removeprefix("--").replace("-", "_")) if arg.startswith("--") else None
         values: list[str] = []
         if annotation is bool:
-            if rest and rest[0] in ("true", "false"):
-                values = [rest.pop(0)]
+            if rest and rest[0].lower() in ("true", "false"):
+                values = [rest.pop(0).lower()]
             out.append(f"{arg}={values[0] if values else 'true'}")
         elif any(str(kind).startswith("list[") for kind in (annotation, *get_args(annotation))):
             while rest and not rest[0].startswith("--"):
@@ -89,7 +93,7 @@ def to_parser_spelling(args: list[str]) -> list[str]:
             numbers = "list[int]" in str(annotation) and all(value.lstrip("-").isdecimal() for value in values)
             out.append(f"{arg}={values[0] if plain else json.dumps([int(v) for v in values] if numbers else values)}")
         else:
-            out.append(arg)
+            out.append(f"{arg}={rest.pop(0)}" if attached else arg)
     return out
 
 

@@ -148,7 +148,7 @@ class RunFolder:
             if self.exists and not overwrite:
                 self._go_on(info, samples, allow_changed)
             else:
-                self._remove_content() if self.exists else self._refuse_strangers()
+                self._remove_content() if self.exists else self.refuse_strangers()
                 self._write_info(info)
                 self._write_samples(samples)
             self.shard_folder.mkdir(exist_ok=True)
@@ -191,9 +191,15 @@ class RunFolder:
     def _is_shard_path(self, path: Path) -> bool:
         return path.stem.isdecimal() and path == self.shard_path(int(path.stem))
 
-    def _refuse_strangers(self) -> None:
-        """Refuses a folder with anything in it but what a start that was killed before run.json can have left."""
+    def refuse_strangers(self) -> None:
+        """Refuses a folder that holds no run and anything else than what a start that was killed at once can have left.
+
+        Raises:
+            StoreError: Naming what it holds.
+        """
         ours = {".lock", f".{RUN_FILE}.tmp"}
+        if self.exists or not self.path.is_dir():
+            return
         strangers = [p.name for p in self.path.iterdir() if p.name not in ours]
         if strangers:
             raise StoreError(

@@ -68,7 +68,7 @@ def log(monkeypatch):
         return copy(target, source)
 
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(log))
-    monkeypatch.setattr(torch.cuda, "Event", lambda: FakeEvent(log))
+    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: FakeEvent(log))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: log.append("keep memory"))

@@ -273,7 +273,7 @@ def test_identity_changes_with_weights_and_not_with_the_path(tmp_path):
         ("llama", "embed.1", "not one of embed"),
         ("llama", "module:layers.9", "no module 'layers.9'"),
         ("llama", "module:", "no module"),
-        ("bert", "final_norm", "has none after its last block"),
+        ("bert", "final_norm", "no single norm stands beside the blocks"),
         ("mamba", "attn_out.1", "no attention module in MambaBlock"),
         ("mamba", "mlp_out.1", "no MLP module in MambaBlock"),
     ],

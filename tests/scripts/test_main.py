@@ -50,6 +50,9 @@ def error_of(capsys, *args):
         (["--pooling", "mean", "last", "--overwrite"], ['--pooling=["mean", "last"]', "--overwrite=true"]),
         (["--overwrite", "false", "--keep", "--dtype", "auto"], ["--overwrite=false", "--keep=[]", "--dtype", "auto"]),
         (["--pooling=[mean]"], ["--pooling=[mean]"]),
+        (["--pooling=mean", "--layers=1"], ['--pooling=["mean"]', "--layers=[1]"]),
+        (["--overwrite=True", "--out=a=b"], ["--overwrite=true", "--out=a=b"]),
+        (["--template", "x = {text}="], ["--template", "x = {text}="]),
     ],
 )
 def test_options_may_be_spelled_as_users_expect(given, expected):
@@ -134,6 +137,7 @@ def test_hook_points_lists_shapes_places_and_what_is_missing(tmp_path, capsys):
         (["--layers", "1", "--split", "validation"], 'Unknown split "validation"'),
         (["--layers", "1", "--allow-changed", "dtype"], "may change within a run, not dtype"),
         (["--layers", "1", "--token-budget", "0"], "token_budget must be at least 1"),
+        (["--layers", "1", "--devices", "0"], "--devices 0 cannot be had here"),
     ],
 )
 def test_options_that_do_not_fit_are_one_clear_line(texts, tmp_path, capsys, options, message):
