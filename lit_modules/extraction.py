@@ -231,7 +231,8 @@ class ActivationExtractor(pl.LightningModule):
 
         with evaluating(loaded.model), reading(loaded.model, loaded.hook_points, read):
             loaded.model(input_ids=batch.input_ids, **loaded.arguments)
-        missing = self.specs().keys() - activations.keys()
+        planned = [f"{point.name}/{pooling}" for point in loaded.hook_points for pooling in self.poolings]
+        missing = set(planned) - activations.keys()
         if missing:
             raise InvalidInputError(f"the forward pass did not reach {', '.join(sorted(missing))}")
         flat_ids, flat_mask = host.input_ids.flatten(), host.token_mask.flatten()
@@ -240,7 +241,7 @@ class ActivationExtractor(pl.LightningModule):
             n_tokens=host.n_tokens,
             input_ids=flat_ids if real is None else flat_ids[real],
             token_mask=flat_mask if real is None else flat_mask[real],
-            activations={name: activations[name] for name in self.specs()},
+            activations={name: activations[name] for name in planned},
             place=host.place,
         )
 
