@@ -1,6 +1,7 @@
 """Callbacks: what is kept and watched while a Trainer runs."""
 
 from exactivations.callbacks.activation_writer import ActivationWriter
+from exactivations.callbacks.ground_truth_check import GroundTruthCheck
 from exactivations.callbacks.token_progress import TokenProgress
 
-__all__ = ["ActivationWriter", "TokenProgress"]
+__all__ = ["ActivationWriter", "GroundTruthCheck", "TokenProgress"]

@@ -7,9 +7,7 @@ import threading
 import traceback
 import uuid
 import warnings
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,11 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from exactivations.callbacks.host_copy import HostCopier, HostCopy
 from exactivations.callbacks.process_watch import end_with_parent
-from exactivations.callbacks.ranks import gather
-from exactivations.datamodules.embedded import resolve_model
+from exactivations.callbacks.ranks import gather, wait_for_all_ranks
 from exactivations.datamodules.plan import Plan
 from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.extraction import ActivationExtractor
+from exactivations.lit_modules.run_description import run_info
 from exactivations.store.batches import ActivationBatch, ActivationSpec
 from exactivations.store.errors import ExactivationsError, IdentityError, InvalidInputError, StoreError
 from exactivations.store.lock import RunLock
@@ -148,12 +146,7 @@ class ActivationWriter(BasePredictionWriter):
             StoreError: If another rank ended before.
         """
         try:
-            trainer.strategy.barrier("activations_written")
-        except RuntimeError as error:  # what torch.distributed raises when the other side is gone
-            raise StoreError(
-                "another rank ended before it had written all of its shards; what was published stays. Start the same command "
-                "again, and it goes on from here"
-            ) from error
+            wait_for_all_ranks(trainer)
         finally:
             self._release()
 
@@ -170,31 +163,6 @@ class ActivationWriter(BasePredictionWriter):
         if self._lock is not None:
             self._lock.release()
             self._lock = None
-
-
-def run_info(extractor: ActivationExtractor, data: TextDataModule, specs: dict[str, ActivationSpec]) -> RunInfo:
-    """Returns the content of run.json for a run of this extractor over this data."""
-    packages = ("exactivations", "torch", "transformers", "lightning", "datasets", "safetensors", "numpy")
-    return RunInfo(
-        identity={**extractor.identity(), **data.identity()},
-        about={
-            "model": extractor.model_name,
-            "revision": getattr(extractor.load(extractor.device).model.config, "_commit_hash", None) or extractor.options.revision,
-            "tokenizer": "demo" if data.tokenizer.name_or_path == resolve_model("demo") else data.tokenizer.name_or_path,
-            "dataset": str(data.source) if isinstance(data.source, str | Path) else type(data.source).__name__,
-            "split": data.split,
-            "text_column": data.text.column,
-            "n_truncated": int(data.tokens.truncated.sum()),
-            "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {name: version(name) for name in packages},
-        },
-        n_shards=data.plan.n_shards,
-        n_samples=len(data.tokens),
-        n_tokens=int(data.plan.lengths.sum()),
-        n_computed_tokens=int(data.plan.batch_tokens.sum()),
-        activations={name: {**asdict(spec), "dtype": str(spec.dtype).removeprefix("torch.")} for name, spec in specs.items()},
-        skipped=data.tokens.skipped,
-    )
 
 
 @dataclass

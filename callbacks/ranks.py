@@ -2,7 +2,10 @@
 
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
+
+from exactivations.store.errors import StoreError
 
 
 def gather(value: Any) -> list[Any]:
@@ -12,3 +15,18 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def wait_for_all_ranks(trainer: pl.Trainer) -> None:
+    """Waits until every rank has published its shards.
+
+    Raises:
+        StoreError: If another rank ended before.
+    """
+    try:
+        trainer.strategy.barrier("activations_written")
+    except RuntimeError as error:  # what torch.distributed raises when the other side is gone
+        raise StoreError(
+            "another rank ended before it had written all of its shards; what was published stays. Start the same command "
+            "again, and it goes on from here"
+        ) from error

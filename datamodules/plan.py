@@ -80,6 +80,11 @@ class Plan:
         """Returns the samples of a batch, in row order (the longest first)."""
         return self.order[self.batch_start[batch] : self.batch_start[batch + 1]]
 
+    def batch_of(self, sample: int) -> int:
+        """Returns the number of the batch that holds a sample."""
+        place = int(np.flatnonzero(self.order == sample)[0])
+        return int(np.searchsorted(self.batch_start, place, side="right")) - 1
+
     def batches_of(self, shard: int) -> range:
         """Returns the numbers of a shard's batches."""
         return range(int(self.shard_start[shard]), int(self.shard_start[shard + 1]))

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from exactivations.datamodules.embedded import resolve_model
 from exactivations.datamodules.plan import Plan, PlanOptions, plan
 from exactivations.datamodules.sources import load_source
-from exactivations.datamodules.tokenization import TextOptions, TokenTable, tokenize, tokenizer_hash
+from exactivations.datamodules.tokenization import EncodedSample, TextOptions, TokenTable, encode_alone, tokenize, tokenizer_hash
 from exactivations.store.batches import Place, TokenBatch
 from exactivations.store.errors import InvalidInputError
 from exactivations.store.run_folder import OWN_COLUMNS, SAMPLES_BLOCK
@@ -90,6 +90,11 @@ class TextDataModule(pl.LightningDataModule):
             )
         except (OSError, ValueError, ImportError) as error:
             raise InvalidInputError(f"tokenizer {str(self._tokenizer)!r} could not be loaded: {error}") from error
+        if len(loaded) <= len(loaded.all_special_ids):
+            raise InvalidInputError(
+                f"tokenizer {str(self._tokenizer)!r} knows no tokens but special ones: where a model comes without a tokenizer, "
+                "transformers makes up an empty one. Name the one that belongs to it (--tokenizer)"
+            )
         return loaded
 
     def prepare_data(self) -> None:
@@ -166,6 +171,26 @@ class TextDataModule(pl.LightningDataModule):
                 "row": self.plan.row_of_sample[block].astype(np.int32),
             }
             yield pa.table({**own, **{name: table.column(name).combine_chunks() for name in self.columns}})
+
+    def encode_alone(self, sample_index: int) -> EncodedSample:
+        """Tokenizes one sample anew from its text, without the cache, the plan or any other sample.
+
+        Raises:
+            InvalidInputError: If the dataset has no such sample, or it has no tokens that count.
+        """
+        n = len(self.full_dataset)
+        if not 0 <= sample_index < n:
+            raise InvalidInputError(f"sample {sample_index}: the dataset has samples 0 to {n - 1}")
+        try:
+            return encode_alone(self.full_dataset[int(sample_index)][self.text.column], self.tokenizer, self.text)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"sample {sample_index} {error}") from error
+
+    def batch_with(self, sample_index: int) -> TokenBatch:
+        """Returns the planned batch that a sample is in."""
+        position = int(np.searchsorted(self.tokens.sample_index, sample_index))
+        assert self.tokens.sample_index[position] == sample_index, f"sample {sample_index} is not in the plan"
+        return PlannedBatches(self.tokens, self.plan, []).batch(self.plan.batch_of(position))
 
     def identity(self) -> dict[str, Any]:
         """What of the data decides the values of a run, by field name."""

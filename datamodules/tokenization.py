@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
 from exactivations.store.errors import InvalidInputError
+from exactivations.store.token_hash import hash_of_ids
 
 FEATURES = datasets.Features(
     {
@@ -211,6 +212,31 @@ def tokenize(
     return _without_empty(rows.data.table, sample_index, options)
 
 
+@dataclass(frozen=True)
+class EncodedSample:
+    """One sample's tokens, made from its text alone: input_ids int64 [L], token_mask bool [L], token_hash, truncated."""
+
+    input_ids: Tensor
+    token_mask: Tensor
+    token_hash: str
+    truncated: bool
+
+
+def encode_alone(value: Any, tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> EncodedSample:
+    """Tokenizes one text (or conversation) by itself, without the cache.
+
+    Raises:
+        InvalidInputError: If it has no tokens that count, or cannot be tokenized; without its index, which is not known here.
+    """
+    row = {name: values[0] for name, values in _tokenize_rows([value], tokenizer, options).items()}
+    if row["problem"] is not None:
+        raise InvalidInputError(row["problem"])
+    return EncodedSample(
+        torch.tensor(row["input_ids"], dtype=torch.int64), torch.tensor(row["token_mask"], dtype=torch.bool),
+        row["token_hash"], row["truncated"],
+    )  # fmt: skip
+
+
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Returns a hash of everything that decides how this tokenizer turns text into ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -294,11 +320,6 @@ def _tokenize_rows(values: list[Any], tokenizer: PreTrainedTokenizerBase, option
         out["truncated"].append(truncated)
         out["problem"].append(problem)
     return out
-
-
-def hash_of_ids(ids: Any) -> str:
-    """Returns the token hash of one sample: xxh3-128 of its ids as little-endian int32."""
-    return xxhash.xxh3_128(np.asarray(ids, dtype="<i4").tobytes()).hexdigest()
 
 
 def _problem(value: Any, options: TextOptions) -> str | None:

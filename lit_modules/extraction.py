@@ -11,16 +11,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from exactivations.datamodules.text import TextDataModule
+from exactivations.lit_modules.doctor import refuse_unsafe_right_padding
 from exactivations.lit_modules.hook_points import HookPoint, cut_after, dissect, reading, resolve_hook_points
 from exactivations.lit_modules.language_model import (
     DTYPES,
+    LoadedWeights,
     ModelOptions,
     body_of,
     config_hash,
     evaluating,
     forward_arguments,
+    has_head,
     load_model,
     max_positions,
+    refuse_rounded_buffers,
     vocabulary_size,
     weights_hash,
 )
@@ -30,8 +34,6 @@ from exactivations.store.errors import InvalidInputError
 
 VALUES_VERSION = 1
 """Goes up when a change of this package changes the values that it extracts."""
-
-LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class LoadedModel:
     widths: dict[str, int]
     arguments: dict[str, Any]
     weights_hash: str
+    whole: PreTrainedModel | None = None
+    """The causal language model around `model`, with its head, if the head can be applied to a state that is read."""
 
     @property
     def device(self) -> torch.device:
@@ -93,6 +97,7 @@ class ActivationExtractor(pl.LightningModule):
         self.options, self.store_dtype, self.cpu_threads = options or ModelOptions(), store_dtype, cpu_threads
         self._given = (model,)  # in a tuple, out of the module tree
         self._loaded: LoadedModel | None = None
+        self._tail_is_proved = False
 
     def load(self, device: torch.device | str = "cpu") -> LoadedModel:
         """Loads, hashes, cuts and moves the model and looks once at every hook point; the second call returns the same.
@@ -108,7 +113,12 @@ class ActivationExtractor(pl.LightningModule):
             return self._loaded
         if self.cpu_threads is not None:
             torch.set_num_threads(self.cpu_threads)
-        body, random = load_model(given, self.options, device.type) if isinstance(given, str) else (body_of(given), frozenset())
+        if isinstance(given, str):
+            weights = load_model(given, self.options, device.type, with_head=self._reads_tokens)
+        else:
+            weights = LoadedWeights(body_of(given), frozenset(), given if has_head(given) else None)
+            refuse_rounded_buffers(weights.body)
+        body, random = weights.body, weights.random
         points, arguments = resolve_hook_points(body, self.hook_point_names), forward_arguments(body)
         hash_of_all = weights_hash(body, without=random)
         if isinstance(given, str):
@@ -116,8 +126,15 @@ class ActivationExtractor(pl.LightningModule):
             body.to(device)  # type: ignore[arg-type]  # transformers' own annotation lacks torch.device
         widths = _widths(body, points, arguments)
         refuse_random_weights(body, points, arguments, random)
-        self._loaded = LoadedModel(body, points, widths, arguments, hash_of_all)
+        before_the_head = {"final_norm", f"resid_post.{dissect(body).n_blocks - 1}"} & set(self.hook_point_names)
+        whole = weights.whole if before_the_head and self._reads_tokens else None
+        self._loaded = LoadedModel(body, points, widths, arguments, hash_of_all, whole)
         return self._loaded
+
+    @property
+    def _reads_tokens(self) -> bool:
+        """Whether any pooling gives a single token's state, to which a language-model head could be applied."""
+        return not {TOKENS, "last", "first"}.isdisjoint(self.poolings)
 
     def specs(self) -> dict[str, ActivationSpec]:
         """Returns what each activation looks like, by name "<hook point>/<pooling>"."""
@@ -171,10 +188,11 @@ class ActivationExtractor(pl.LightningModule):
 
     def check_fits(self, data: TextDataModule) -> None:
         """Refuses data that this model cannot take: see `setup`."""
-        model = self.load(self.device).model
-        check_lengths(model, data)
-        if data.plan_options.padding == "tail":
-            self.refuse_unless_causal()
+        loaded = self.load(self.device)
+        check_lengths(loaded.model, data)
+        if data.plan_options.padding == "tail" and not self._tail_is_proved:
+            refuse_unsafe_right_padding(loaded.model, loaded.hook_points)
+            self._tail_is_proved = True
 
     @torch.no_grad()
     def on_predict_start(self) -> None:
@@ -244,44 +262,6 @@ class ActivationExtractor(pl.LightningModule):
             activations={name: activations[name] for name in planned},
             place=host.place,
         )
-
-    @torch.no_grad()
-    def refuse_unless_causal(self) -> None:
-        """Proves on this model that what follows a token does not change its state, which padding on the right relies on.
-
-        Two inputs of one shape that differ in their second half only are computed; the states of the first half must agree.
-        Kernels and shapes are the same in both, so causal models agree exactly; mixtures of experts regroup tokens, which
-        changes rounding and no more.
-
-        Raises:
-            InvalidInputError: If the states differ.
-        """
-        loaded = self.load(self.device)
-        types = _rope_types(loaded.model.config.to_dict()) & LENGTH_DEPENDENT_ROPE
-        if types:
-            raise InvalidInputError(
-                f"padding='tail' is refused: {type(loaded.model).__name__} turns its rotary embedding by the length of the batch "
-                f"({', '.join(types)}), so padding would change the states of real tokens. Use padding='none'"
-            )
-        tolerance = 1e-5 if loaded.model.dtype == torch.float32 else 1e-2  # a few units of rounding; encoders are at 3% or more
-        vocabulary = vocabulary_size(loaded.model) or 32
-        ids = torch.arange(32).remainder(vocabulary)[None]
-        other = torch.cat([ids[:, :16], torch.full((1, 16), vocabulary // 2)], dim=1)
-        first, second = (self._states(loaded, x.to(loaded.device)) for x in (ids, other))
-        for name, states in first.items():
-            error = ((states - second[name])[:, :16].norm() / states[:, :16].norm()).item()
-            if not error <= tolerance:
-                raise InvalidInputError(
-                    f"padding='tail' needs a causal model, and {type(loaded.model).__name__} is not: later tokens "
-                    f"change the state of earlier ones at {name} (relative difference {error:.2g}, "
-                    f"allowed {tolerance:g}). Use padding='none'"
-                )
-
-    def _states(self, loaded: LoadedModel, ids: Tensor) -> dict[str, Tensor]:
-        states: dict[str, Tensor] = {}
-        with evaluating(loaded.model), reading(loaded.model, loaded.hook_points, lambda name, x: states.update({name: x.float()})):
-            loaded.model(input_ids=ids, **loaded.arguments)
-        return states
 
     def _out_dtype(self, loaded: LoadedModel) -> torch.dtype:
         return loaded.model.dtype if self.store_dtype is None else DTYPES[self.store_dtype]
@@ -367,14 +347,6 @@ def refuse_random_weights(
             f"the checkpoint lacks {', '.join(used[:3])}{more}, which {type(model).__name__} needs up to the deepest hook point: "
             "they would be random, and other ones each time. The checkpoint is not whole, or belongs to another architecture"
         )
-
-
-def _rope_types(config: Any) -> set[str]:
-    """Returns all values of rope_type (or type) in the rope parameters of a configuration, however deep they lie."""
-    if not isinstance(config, dict):
-        return set()
-    found = {str(value) for name, value in config.items() if name in ("rope_type", "type") and isinstance(value, str)}
-    return found.union(*(_rope_types(value) for value in config.values()))
 
 
 def _real_positions(batch: TokenBatch) -> Tensor:

@@ -21,6 +21,8 @@ from transformers import PreTrainedModel
 from exactivations.store.errors import InvalidInputError
 
 BLOCK_KINDS = ("resid_post", "attn_out", "mlp_out")
+BLOCKS_LEFT = "exactivations_blocks_left"
+"""Attribute of a model that was cut: its configuration still tells of all blocks, and stays as it is, since it is hashed."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Anatomy:
 
 def dissect(model: PreTrainedModel) -> Anatomy:
     """Finds blocks, attention, MLP and final norm of a model without a head."""
-    n_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    n_layers = getattr(model, BLOCKS_LEFT, getattr(model.config.get_text_config(), "num_hidden_layers", None))
     lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers and len(m)]
     lists = [(path, m) for path, m in lists if not any(path.startswith(f"{outer}.") for outer, _ in lists)]
     if len(lists) != 1:
@@ -208,6 +210,7 @@ def cut_after(model: PreTrainedModel, hook_points: list[HookPoint]) -> int:
     blocks = model.get_submodule(anatomy.blocks)
     assert isinstance(blocks, nn.ModuleList)
     setattr(model.get_submodule(parent_path), name, blocks[: deepest + 1])
+    setattr(model, BLOCKS_LEFT, deepest + 1)
     return deepest + 1
 
 

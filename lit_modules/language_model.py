@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import xxhash
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from exactivations.datamodules.embedded import resolve_model
 from exactivations.store.errors import InvalidInputError
@@ -39,28 +39,57 @@ class ModelOptions:
             raise InvalidInputError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
-def load_model(name: str, options: ModelOptions, device_type: str) -> tuple[PreTrainedModel, frozenset[str]]:
-    """Loads the model's body (no head) onto the host, in evaluation mode.
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What came from a checkpoint.
 
-    Returns:
-        The model, and the names of weights that the checkpoint lacks and that were therefore drawn at random (a pooler that
-        only pre-training with another head would have made, say). Who runs these must be refused: see `refuse_random_weights`.
+    Attributes:
+        body: The model without its head, on the host, in evaluation mode.
+        random: Names of the body's weights that the checkpoint lacks and that were therefore drawn at random (a pooler that only
+            pre-training with another head would have made, say). Who runs these must be refused: see `refuse_random_weights`.
+        whole: The causal language model around this very body, if it was asked for and the checkpoint holds its head.
+    """
+
+    body: PreTrainedModel
+    random: frozenset[str]
+    whole: PreTrainedModel | None = None
+
+
+def load_model(name: str, options: ModelOptions, device_type: str, *, with_head: bool = False) -> LoadedWeights:
+    """Loads a model onto the host, in evaluation mode.
+
+    Args:
+        name: Hub id, local path, or "demo".
+        options: How.
+        device_type: Where it will run.
+        with_head: Load a causal language model's head too.
 
     Raises:
         InvalidInputError: If there is no such model, or it cannot be loaded as asked.
     """
     dtype: Any = DTYPES.get(options.dtype, torch.float32 if device_type == "cpu" else "auto")
     arguments: dict[str, Any] = {} if options.attn_implementation is None else {"attn_implementation": options.attn_implementation}
+    where: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     try:
-        model, loading = AutoModel.from_pretrained(
-            resolve_model(name), revision=options.revision, dtype=dtype, trust_remote_code=options.trust_remote_code,
-            output_loading_info=True, **arguments,
-        )  # fmt: skip
+        config = AutoConfig.from_pretrained(resolve_model(name), **where)
+        auto: Any = AutoModelForCausalLM if with_head and has_causal_head(config) else AutoModel
+        model, loading = auto.from_pretrained(resolve_model(name), dtype=dtype, output_loading_info=True, **where, **arguments)
     except (OSError, ValueError, ImportError) as error:
         raise InvalidInputError(f"model {name!r} could not be loaded: {error}") from error
     model.train(False)
     assert isinstance(model, PreTrainedModel)
-    return model, frozenset(loading["missing_keys"])
+    body = model.base_model
+    if not isinstance(body, PreTrainedModel) or body is model:
+        return LoadedWeights(model, frozenset(loading["missing_keys"]))
+    prefix = f"{model.base_model_prefix}."
+    of_body = {key.removeprefix(prefix) for key in loading["missing_keys"] if key.startswith(prefix)}
+    head_is_there = all(key.startswith(prefix) for key in loading["missing_keys"])
+    return LoadedWeights(body, frozenset(of_body), model if head_is_there else None)
+
+
+def has_causal_head(config: PreTrainedConfig) -> bool:
+    """Whether a checkpoint was saved as a causal language model, with its head."""
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
 
 
 def load_skeleton(name: str, options: ModelOptions) -> PreTrainedModel:
@@ -102,6 +131,47 @@ def body_of(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(body, PreTrainedModel):
         raise InvalidInputError(f"a {type(model).__name__} is no Hugging Face model; an adapter's is model.merge_and_unload()")
     return body
+
+
+def has_head(model: PreTrainedModel) -> bool:
+    """Whether a model that the caller holds is a causal language model with its head."""
+    return model.base_model is not model and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+def refuse_rounded_buffers(model: PreTrainedModel) -> None:
+    """Refuses a model whose rotary frequencies were rounded, as `model.to(torch.bfloat16)` or `model.half()` does.
+
+    Such buffers are not in the checkpoint and are meant to stay in float32; rounded, they turn later tokens by wrong angles.
+    Modules that hold buffers and no weights are made anew from the configuration, and compared.
+
+    Raises:
+        InvalidInputError: Naming the buffer and how to load the model instead.
+    """
+    for path, module in model.named_modules():
+        buffers = {name: b for name, b in module.named_buffers(recurse=False) if b is not None and b.is_floating_point()}
+        if not buffers or any(True for _ in module.parameters()):
+            continue
+        fresh = _made_anew(module, model)
+        for name, buffer in buffers.items():
+            expected = None if fresh is None else getattr(fresh, name, None)
+            if expected is None or expected.shape != buffer.shape:
+                continue
+            if buffer.dtype != expected.dtype or not torch.allclose(buffer.cpu(), expected.cpu(), rtol=1e-6, atol=0.0):
+                raise InvalidInputError(
+                    f"buffer {path}.{name} of {type(model).__name__} is not what its configuration makes ({buffer.dtype}, expected "
+                    f"{expected.dtype} unrounded): the whole model was cast, as by model.to(torch.bfloat16). Load it in its "
+                    "dtype instead: from_pretrained(…, dtype=torch.bfloat16)"
+                )
+
+
+def _made_anew(module: nn.Module, model: PreTrainedModel) -> nn.Module | None:
+    """Makes a module like this one from the configuration alone; None if its class asks for more than that."""
+    parameters = inspect.signature(type(module).__init__).parameters
+    required = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if required != ["self", "config"]:
+        return None
+    fresh: nn.Module = type(module)(config=model.config.get_text_config())
+    return fresh
 
 
 def weights_hash(model: nn.Module, without: frozenset[str] = frozenset()) -> str:

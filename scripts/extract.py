@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from exactivations.callbacks.activation_writer import ActivationWriter
+    from exactivations.callbacks.ground_truth_check import GroundTruthCheck
     from exactivations.callbacks.token_progress import TokenProgress
     from exactivations.datamodules.text import TextDataModule
     from exactivations.lit_modules.extraction import ActivationExtractor
@@ -52,6 +53,7 @@ def extract(
     num_nodes: int = 1,
     cpu_threads: int | None = None,
     tokenizer_processes: int | None = None,
+    verify_samples: int = 16,
     overwrite: bool = False,
     allow_changed: list[str] | None = None,
 ) -> None:
@@ -96,6 +98,8 @@ def extract(
         cpu_threads: Threads of each process on a CPU; they decide the last bits. Default: what the run folder was begun with,
             or the cores divided by the devices.
         tokenizer_processes: Processes for slow tokenizers; fast ones use all cores by themselves.
+        verify_samples: At the end, compute so many samples again, alone, and compare them with the store. 0 verifies nothing, and
+            leaves a store that readers refuse until `exactivations verify` was run on it.
         overwrite: Remove the run that is in the folder, and start anew.
         allow_changed: Of torch, transformers, device_type, cpu_threads: what may differ from the run that is being continued.
     """
@@ -107,6 +111,7 @@ def extract(
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from exactivations.callbacks.activation_writer import ActivationWriter
+    from exactivations.callbacks.ground_truth_check import GroundTruthCheck
     from exactivations.callbacks.token_progress import TokenProgress
     from exactivations.datamodules.plan import PlanOptions
     from exactivations.datamodules.text import TextDataModule
@@ -150,9 +155,11 @@ def extract(
     del skeleton
 
     writer, progress = ActivationWriter(out, overwrite=overwrite, allow_changed=tuple(allow_changed or ())), TokenProgress()
+    check = GroundTruthCheck(verify_samples) if verify_samples else None
+    callbacks: list[pl.Callback] = [*([check] if check else []), writer, progress]
     try:
         trainer = pl.Trainer(
-            accelerator=accelerator, devices=devices, num_nodes=num_nodes, callbacks=[writer, progress], logger=False,
+            accelerator=accelerator, devices=devices, num_nodes=num_nodes, callbacks=callbacks, logger=False,
             use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         )  # fmt: skip
     except (MisconfigurationException, ValueError) as error:
@@ -168,7 +175,7 @@ def extract(
     with named_to_children():
         trainer.predict(extractor, datamodule=data, return_predictions=False)
     if trainer.is_global_zero:
-        tell_result(writer, data, progress, extractor, trainer.world_size)
+        tell_result(writer, check, data, progress, extractor, trainer.world_size)
 
 
 def hook_point_names(n_layers: int, layers: list[int] | str | None, hooks: list[str]) -> list[str]:
@@ -240,10 +247,12 @@ def tell_plan(data: "TextDataModule", out: str) -> None:
 
 
 def tell_result(
-    writer: "ActivationWriter", data: "TextDataModule", progress: "TokenProgress", extractor: "ActivationExtractor", world_size: int
-) -> None:
-    """Prints what was written, where, how fast, and how to read it."""
+    writer: "ActivationWriter", check: "GroundTruthCheck | None", data: "TextDataModule", progress: "TokenProgress",
+    extractor: "ActivationExtractor", world_size: int,
+) -> None:  # fmt: skip
+    """Prints what was written, where, how fast, how it was verified, and how to read it."""
     from exactivations.scripts.show import how_to_read
+    from exactivations.scripts.verification_table import verification_table
 
     assert writer.info is not None
     folder, n_shards = writer.folder, data.plan.n_shards
@@ -258,6 +267,10 @@ def tell_result(
         else ""
     )
     print(f"{rate}{data.plan.padded_share:.1%} padding; {', '.join(extractor.specs())}")
+    if check is None:
+        print(f"not verified (--verify-samples 0): readers refuse it until you run: exactivations verify {folder.path}")
+    elif check.verification is not None:
+        print(("verified before; " if check.was_verified_before else "") + verification_table(check.verification))
     if len(published) < n_shards:
         print(f"{n_shards - len(published):,} shards are in other nodes' folders: copy all folders into one to read them")
     else:

@@ -11,11 +11,23 @@ from typing import Any, get_args
 
 import jsonargparse
 
+from exactivations.scripts.doctor import doctor
 from exactivations.scripts.extract import extract
 from exactivations.scripts.hook_points import hook_points
+from exactivations.scripts.import_masks import import_masks
 from exactivations.scripts.show import show
+from exactivations.scripts.verify import verify
+from exactivations.scripts.verify_alignment import verify_alignment
 
-COMMANDS: dict[str, Callable[..., Any]] = {"extract": extract, "hook-points": hook_points, "show": show}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "extract": extract,
+    "verify": verify,
+    "show": show,
+    "hook-points": hook_points,
+    "doctor": doctor,
+    "verify-alignment": verify_alignment,
+    "import-masks": import_masks,
+}
 DEBUG_VARIABLE = "EXACTIVATIONS_DEBUG"
 
 

@@ -9,18 +9,21 @@ def show(run: str, *, checksums: bool = False) -> None:
         checksums: Read every shard and compare it with its checksum.
     """
     from exactivations.store.activation_store import ActivationStore
+    from exactivations.store.verification import read_verification
 
-    store = ActivationStore(run, allow_incomplete=True, verify_checksums=checksums)
+    store = ActivationStore(run, allow_incomplete=True, allow_unverified=True, verify_checksums=checksums)
+    verification = read_verification(store.folder, store.info)
     info, about = store.info, store.info.about
     missing = info.n_shards - len(store.published)
     state = "complete" if not missing else f"INCOMPLETE: {missing:,} shards are missing; the same extract command goes on"
     size = sum(store.folder.shard_path(shard).stat().st_size for shard in store.published)
     padding = 1 - info.n_tokens / info.n_computed_tokens
+    dataset, column = about["dataset"] or f"a {about['dataset_kind']} in Python", about["messages_column"] or about["text_column"]
     split = f" {about['split']}" if about["split"] else ""
     model = f"{info.identity['model_class']}, {info.identity['dtype']}, weights {info.identity['model'][:12]}"
     print(f"{run}: {state}{'; all checksums agree' if checksums else ''}")
     print(f"  model     {about['model']} ({model})")
-    print(f"  dataset   {about['dataset']}{split}, column {about['text_column']}")
+    print(f"  dataset   {dataset}{split}, column {column}")
     print(f"  samples   {len(store):,} of {info.n_samples:,}; {about['n_truncated']:,} cut, {len(info.skipped):,} skipped as empty")
     print(f"  tokens    {info.n_tokens:,}; {padding:.1%} padding computed, none stored")
     print(f"  shards    {len(store.published):,} of {info.n_shards:,}, {size / 1e6:,.1f} MB")
@@ -32,6 +35,15 @@ def show(run: str, *, checksums: bool = False) -> None:
     for change in info.changes:
         changes = ", ".join(f"{name} from {was} to {now}" for name, (was, now) in change["fields"].items())
         print(f"  changed on the way: {changes}")
+    if verification is None:
+        print(
+            f"  NOT VERIFIED: readers refuse it until you run: exactivations verify {run}" if not missing else "  not verified yet"
+        )
+    elif not verification.passed:
+        print(f"  FAILED its verification of {verification.when}: {verification.failures[0]}")
+        print(f"  and {verification.n_failures - 1:,} more; readers refuse it")
+    else:
+        print(f"  verified  {verification.when}: {len(verification.samples)} samples computed again alone, all agree")
     print(how_to_read(run, store.names[0], incomplete=bool(missing)))
 
 

@@ -1,7 +1,7 @@
 """Reading a finished run: any sample in one step, pooled rows in dataset order, tokens in blocks."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from exactivations.store.errors import CorruptShardError, IncompleteStoreError, InvalidInputError
 from exactivations.store.run_folder import SAMPLES_FILE, RunFolder
 from exactivations.store.shard import verify_shard
+from exactivations.store.verification import refuse_unverified
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class Sample:
 
     Attributes:
         sample_index: Its position in the dataset as given.
+        n_tokens: Its tokens.
         columns: Its row of samples.parquet.
         activations: By name: [D] for a pooled one, [n_tokens, D] for "<hook point>/tokens".
         input_ids: int32 [n_tokens], and token_mask: bool [n_tokens]; None when the store holds no token rows.
     """
 
     sample_index: int
+    n_tokens: int
     columns: dict[str, Any]
     activations: dict[str, Tensor]
     input_ids: Tensor | None
@@ -56,17 +59,22 @@ class ActivationStore:
 
     Args:
         path: The run folder.
-        allow_incomplete: Open a run of which shards are missing. Asking for a sample in one of those is still an error.
+        allow_incomplete: Open a run of which shards are missing, and which is therefore not verified yet. Asking for a sample in
+            one of those is still an error.
+        allow_unverified: Open a run that failed its verification, or was never verified.
         verify_checksums: Read every shard once and compare it with its checksum before anything else.
 
     Raises:
         IncompleteStoreError: If shards are missing and that was not allowed.
+        VerificationError: If its verification failed, or there was none, and that was not allowed.
         CorruptShardError: If a shard is truncated, renamed or (with verify_checksums) damaged; later, if a shard that is read
             for the first time holds other samples than samples.parquet says.
         StoreError: If it is no run folder or of a newer format.
     """
 
-    def __init__(self, path: str | Path, *, allow_incomplete: bool = False, verify_checksums: bool = False) -> None:
+    def __init__(
+        self, path: str | Path, *, allow_incomplete: bool = False, allow_unverified: bool = False, verify_checksums: bool = False
+    ) -> None:
         self.folder = RunFolder(path)
         self.info = self.folder.read_info()
         self.published = self.folder.published(self.info)
@@ -76,6 +84,8 @@ class ActivationStore:
                 f"{path} is not complete: {missing} of {self.info.n_shards} shards are missing. Start the same extract command "
                 "again to finish it, or open it with allow_incomplete=True"
             )
+        if not allow_unverified:
+            refuse_unverified(self.folder, self.info, complete=not missing)
         if verify_checksums:
             for shard in sorted(self.published):
                 verify_shard(self.folder.shard_path(shard))
@@ -114,19 +124,29 @@ class ActivationStore:
         Raises:
             IndexError: If the store has no such sample; the message says why.
         """
-        position = int(np.searchsorted(self.sample_index, sample_index))
-        if position == len(self) or self.sample_index[position] != sample_index:
-            raise IndexError(self._why_absent(sample_index))
+        position = self._position(sample_index)
+        return replace(self.read(sample_index), columns=self.samples.slice(position, 1).to_pylist()[0])
+
+    def read(self, sample_index: int) -> Sample:
+        """Returns a sample like `[]`, but without its columns (empty here), so that samples.parquet need not be read."""
+        position = self._position(sample_index)
         shard, row = int(self._shard[position]), int(self._row[position])
         tensors = self._tensors(shard)
         tokens = slice(*self._token_range(shard, row)) if "input_ids" in tensors else None
         return Sample(
             sample_index=sample_index,
-            columns=self.samples.slice(position, 1).to_pylist()[0],
+            n_tokens=int(self._n_tokens[position]),
+            columns={},
             activations={name: tensors[name][tokens if self.info.activations[name]["per_token"] else row] for name in self.names},
             input_ids=None if tokens is None else tensors["input_ids"][tokens],
             token_mask=None if tokens is None else tensors["token_mask"][tokens],
         )
+
+    def _position(self, sample_index: int) -> int:
+        position = int(np.searchsorted(self.sample_index, sample_index))
+        if position == len(self) or self.sample_index[position] != sample_index:
+            raise IndexError(self._why_absent(sample_index))
+        return position
 
     def __iter__(self) -> Iterator[Sample]:
         """Yields every sample in dataset order."""
@@ -245,7 +265,7 @@ class ActivationStore:
 
 
 def _dataset_rows(path: str, key: str) -> Iterator[dict[str, Any]]:
-    store = ActivationStore(path, allow_incomplete=True)
+    store = ActivationStore(path, allow_incomplete=True, allow_unverified=True)  # it was opened before, and so allowed
     assert key.endswith(f" {sorted(store.published)}"), f"{path} changed while it was read"
     for sample in store:
         row = dict(sample.columns)

@@ -30,3 +30,11 @@ class IdentityError(StoreError):
 
 class LockedRunError(StoreError):
     """A run folder into which another live process writes."""
+
+
+class VerificationError(StoreError):
+    """A store that failed its verification, or was never verified."""
+
+
+class NotFiniteError(StoreError):
+    """Activations with inf or NaN in them, which are never stored."""

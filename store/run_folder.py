@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 import xxhash
 
 from exactivations.store.errors import CorruptShardError, IdentityError, InvalidInputError, StoreError
-from exactivations.store.shard import flush_to_disk, open_shard
+from exactivations.store.shard import flush_to_disk, open_shard, write_text_atomically
 
 FORMAT_VERSION = 1
-RUN_FILE, SAMPLES_FILE, SHARD_FOLDER = "run.json", "samples.parquet", "shards"
+RUN_FILE, SAMPLES_FILE, SHARD_FOLDER, VERIFICATION_FILE = "run.json", "samples.parquet", "shards", "verification.json"
 SAMPLES_BLOCK = 8192  # rows of one row group of samples.parquet: so many are in memory at a time
 OWN_COLUMNS = ("sample_index", "n_tokens", "token_hash", "truncated", "shard", "row")
 ENVIRONMENT_FIELDS = frozenset({"torch", "transformers", "device_type", "cpu_threads"})
@@ -220,13 +220,13 @@ class RunFolder:
         temporary.replace(self.path / SAMPLES_FILE)
         flush_to_disk(self.path)
 
-    def _first_difference(self, info: RunInfo, samples: Iterable[pa.Table]) -> str | None:
+    def first_difference(self, n_samples: int, samples: Iterable[pa.Table]) -> str | None:
         """Says in what samples.parquet differs first from the samples as they are now, or None."""
         path = self.path / SAMPLES_FILE
         try:
             with pq.ParquetFile(path, memory_map=True, page_checksum_verification=True) as stored:
-                if stored.metadata.num_rows != info.n_samples:
-                    return f"{stored.metadata.num_rows} samples there, {info.n_samples} now"
+                if stored.metadata.num_rows != n_samples:
+                    return f"{stored.metadata.num_rows} samples there, {n_samples} now"
                 differences = (first_difference(stored.read_row_group(group), now) for group, now in enumerate(samples))
                 return next(filter(None, differences), None)
         except (OSError, pa.ArrowException) as error:
@@ -240,7 +240,7 @@ class RunFolder:
             if stored.present_identity.get(name) != info.identity.get(name)
         }
         was_started = (self.path / SAMPLES_FILE).is_file()  # else the start was killed before anything was computed
-        samples_differ = self._first_difference(info, samples) if was_started else None
+        samples_differ = self.first_difference(info.n_samples, samples) if was_started else None
         refused = {name: values for name, values in changed.items() if name not in allow_changed & ENVIRONMENT_FIELDS}
         if refused or samples_differ:
             lines = [f"  {name}: {_short(was)} there, {_short(now)} now" for name, (was, now) in refused.items()]
@@ -257,11 +257,7 @@ class RunFolder:
             self._write_info(stored)
 
     def _write_info(self, info: RunInfo) -> None:
-        temporary = self.path / f".{RUN_FILE}.tmp"
-        temporary.write_text(json.dumps({**asdict(info), "fingerprint": info.fingerprint}, indent=1) + "\n")
-        flush_to_disk(temporary)
-        temporary.replace(self.path / RUN_FILE)
-        flush_to_disk(self.path)
+        write_text_atomically(self.path / RUN_FILE, json.dumps({**asdict(info), "fingerprint": info.fingerprint}, indent=1) + "\n")
 
     def _remove_content(self) -> None:
         """Removes the files of a run but run.json, and nothing else; the lock stays, since it is held."""
@@ -269,6 +265,7 @@ class RunFolder:
             if self._is_shard_path(path):
                 path.unlink()
         (self.path / SAMPLES_FILE).unlink(missing_ok=True)
+        (self.path / VERIFICATION_FILE).unlink(missing_ok=True)
 
 
 def first_difference(stored: pa.Table, now: pa.Table) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from exactivations.store.batches import ActivationBatch, ActivationSpec
 from exactivations.store.errors import CorruptShardError, StoreError
+from exactivations.store.finite import refuse_not_finite
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)  # it can only be read by setting it
@@ -57,13 +58,18 @@ class ShardBuffer:
         assert all(len(self.tensors[name]) == n_tokens for name in self._by_token), "a shard larger than was said"
 
     def put(self, batch: ActivationBatch) -> None:
-        """Copies a batch, whose tensors are on the host, to its place."""
+        """Copies a batch, whose tensors are on the host, to its place.
+
+        Raises:
+            NotFiniteError: If it holds inf or NaN.
+        """
         assert batch.place is not None, "a batch without a place in a plan cannot be stored"
         rows = slice(batch.place.first_row, batch.place.first_row + len(batch.sample_index))
         tokens = slice(batch.place.first_token, batch.place.first_token + len(batch.input_ids))
         assert (self.tensors["sample_index"][rows] == -1).all(), f"rows {rows} of shard {batch.place.shard} written twice"
         assert batch.activations.keys() == self._specs.keys(), f"got {list(batch.activations)}, planned {list(self._specs)}"
         assert int(batch.n_tokens.sum()) == len(batch.input_ids), "lengths and tokens of a batch disagree"
+        refuse_not_finite(batch)
         _fill(self.tensors["sample_index"], rows, batch.sample_index)
         _fill(self.tensors["n_tokens"], rows, batch.n_tokens)
         if self._has_tokens:
@@ -111,6 +117,15 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)  # after a rename there is none
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Writes a small text file beside its final name, flushes it to disk, and renames it: it is there whole, or as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    flush_to_disk(temporary)
+    temporary.replace(path)
+    flush_to_disk(path.parent)
 
 
 def flush_to_disk(path: Path) -> None:

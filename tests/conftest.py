@@ -10,3 +10,7 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 from jaxtyping import install_import_hook
 
 install_import_hook("exactivations.lit_modules.pooling", "beartype.beartype")
+
+import torch  # noqa: E402  # after the hook, so that shapes are checked
+
+torch.set_num_threads(1)  # pytest-xdist uses the cores; two threads in each of its workers only wait for each other

@@ -40,7 +40,7 @@ def computed(monkeypatch):
 def test_what_is_stored_is_what_the_untouched_model_gives_for_each_sample_alone(tmp_path, predict, model_path, reference):
     predict(tmp_path / "run")
     assert content(tmp_path / "run") == reference  # and the same bytes as from the command line
-    store = ActivationStore(tmp_path / "run", verify_checksums=True)
+    store = ActivationStore(tmp_path / "run", allow_unverified=True, verify_checksums=True)
     assert len(store) == len(TEXTS)
     model = AutoModel.from_pretrained(model_path).eval()
     for sample, text in zip(store, TEXTS, strict=True):
@@ -186,7 +186,7 @@ def test_another_identity_is_refused_and_overwriting_starts_anew(tmp_path, predi
     assert_unlocked(out)
     extractor, data = parts(poolings=("last",))
     predict(out, writer=ActivationWriter(out, overwrite=True), extractor=extractor, data=data)
-    assert ActivationStore(out).names == ["resid_post.0/last", "resid_post.1/last"]
+    assert ActivationStore(out, allow_unverified=True).names == ["resid_post.0/last", "resid_post.1/last"]
 
 
 def test_an_allowed_change_of_the_environment_goes_on_and_both_kinds_of_shards_count(tmp_path, predict, parts):
@@ -201,7 +201,7 @@ def test_an_allowed_change_of_the_environment_goes_on_and_both_kinds_of_shards_c
     extractor.cpu_threads = 2
     writer = predict(out, writer=ActivationWriter(out, allow_changed=("cpu_threads",)), extractor=extractor, data=data)
     assert [change["fields"] for change in writer.info.changes] == [{"cpu_threads": [1, 2]}]
-    assert len(ActivationStore(out, verify_checksums=True)) == len(TEXTS)
+    assert len(ActivationStore(out, allow_unverified=True, verify_checksums=True)) == len(TEXTS)
 
 
 def test_only_the_environment_may_be_allowed_to_change(tmp_path):

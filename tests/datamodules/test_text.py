@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import SequentialSampler
 
 from exactivations.datamodules import PlanOptions, TextDataModule, TextOptions
-from exactivations.datamodules.tokenization import hash_of_ids
 from exactivations.store.errors import InvalidInputError
+from exactivations.store.token_hash import hash_of_ids
 
 SMALL = PlanOptions(token_budget=64, shard_tokens=256)
 

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from exactivations.datamodules.tokenization import TextOptions, TokenTable, hash_of_ids, tokenize, tokenizer_hash
+from exactivations.datamodules.tokenization import TextOptions, TokenTable, tokenize, tokenizer_hash
 from exactivations.store.errors import InvalidInputError
+from exactivations.store.token_hash import hash_of_ids
 from tests.datamodules.conftest import MARKING_TEMPLATE, PLAIN_TEMPLATE, WORDS, make_word_tokenizer
 
 CLS, SEP, UNK = 2, 3, 1

@@ -32,3 +32,10 @@ def tiny_model(family: str, seed: int = 0) -> t.PreTrainedModel:
             else:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.train(False)
+
+
+def in_dtype(model: t.PreTrainedModel, dtype: torch.dtype) -> t.PreTrainedModel:
+    """Returns the model with its weights in this dtype, and its rotary frequencies as they were: as from_pretrained does."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model

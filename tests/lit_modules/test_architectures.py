@@ -6,7 +6,8 @@ import torch
 import transformers as t
 
 from exactivations.lit_modules import ActivationExtractor
-from exactivations.lit_modules.hook_points import dissect
+from exactivations.lit_modules.doctor import refuse_unsafe_right_padding
+from exactivations.lit_modules.hook_points import dissect, resolve_hook_points
 from exactivations.store import TokenBatch
 from exactivations.store.errors import InvalidInputError
 
@@ -112,7 +113,7 @@ def test_padding_is_refused_where_rotary_embeddings_depend_on_the_length(rope_ty
     )
     model = t.AutoModel.from_config(family(**SMALL, max_position_embeddings=128, rope_parameters=rope, **extra))
     with pytest.raises(InvalidInputError, match=f"by the length of the batch \\({rope_type}\\)"):
-        ActivationExtractor(model, ["resid_post.1"], ["mean"]).refuse_unless_causal()
+        refuse_unsafe_right_padding(model, resolve_hook_points(model, ["resid_post.1"]))
 
 
 def test_a_checkpoint_without_weights_that_are_needed_is_refused_with_their_names(tmp_path):

@@ -12,7 +12,7 @@ from exactivations.store import ActivationBatch, TokenBatch
 from exactivations.store.batches import Place
 from exactivations.store.errors import InvalidInputError
 
-from .models import CAUSAL, CONFIGS, tiny_model
+from .models import CAUSAL, CONFIGS, in_dtype, tiny_model
 
 # Float32 sums of some hundred terms in another order: 1e-5 relative to the size of the vector is what rounding may do.
 TOLERANCE = 1e-5
@@ -233,7 +233,7 @@ def test_any_module_can_be_read_by_its_path(samples):
 
 def test_activations_are_in_the_models_dtype_or_the_one_asked_for(samples):
     batch = TokenBatch.of(samples[0][0][None])
-    model = tiny_model("llama").to(torch.bfloat16)
+    model = in_dtype(tiny_model("llama"), torch.bfloat16)
     for asked, expected in [(None, torch.bfloat16), ("float32", torch.float32)]:
         got = ActivationExtractor(model, ["resid_post.0"], ["tokens", "mean"], store_dtype=asked)(batch).activations
         assert {values.dtype for values in got.values()} == {expected}
@@ -310,17 +310,23 @@ def test_nothing_or_the_same_twice_is_refused(hook_points, poolings):
         ActivationExtractor(tiny_model("llama"), hook_points, poolings).load()
 
 
+def padded_data():
+    return TextDataModule(["w1 w2", "w3"], word_tokenizer(50), plan_options=PlanOptions(padding="tail"))
+
+
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_causal_models_pass_the_proof_that_padding_on_the_right_is_safe(family, dtype):
-    ActivationExtractor(tiny_model(family).to(dtype), ["resid_post.2"], ["mean"]).refuse_unless_causal()
+    ActivationExtractor(in_dtype(tiny_model(family), dtype), ["resid_post.2"], ["mean"]).check_fits(padded_data())
 
 
+@pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_encoders_fail_the_proof(family, dtype):
     with pytest.raises(InvalidInputError, match="needs a causal model"):
-        ActivationExtractor(tiny_model(family).to(dtype), ["resid_post.2"], ["mean"]).refuse_unless_causal()
+        ActivationExtractor(in_dtype(tiny_model(family), dtype), ["resid_post.2"], ["mean"]).check_fits(padded_data())
 
 
 def test_an_activation_batch_carries_its_identity_untouched(samples):

@@ -1,0 +1,55 @@
+"""How a verification is shown in a terminal."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from exactivations.store.verification import NameFigures, Verification
+
+MOST_ROWS = 12
+
+
+def verification_table(verification: "Verification", *, everything: bool = False) -> str:
+    """Returns the verdict and its figures as text, the activations nearest to their tolerance first.
+
+    Args:
+        verification: The verdict.
+        everything: Show all activations, and not only the first ones.
+    """
+    share = "" if verification.share is None else f", {verification.share:.1%} of the run"
+    verdict = "all agree" if verification.passed else f"{verification.n_failures} DISAGREE"
+    lines = [
+        f"{len(verification.samples)} samples computed again alone ({verification.dtype}), and held against what the store holds: "
+        f"{verdict} ({verification.seconds:.1f} s{share})"
+    ]
+    rows = sorted(verification.figures, key=_nearness, reverse=True)
+    shown = rows if everything else rows[:MOST_ROWS]
+    width = max([15, *(len(row.name) for row in shown)])
+    lines.append(f"  {'activation':<{width}}  worst error  median error  worst cosine  rounding  allowed")
+    for row in shown:
+        figures = [_figure(value) for value in (row.worst_error, row.median_error)]
+        cosine = "inf/NaN" if row.worst_cosine is None else f"{row.worst_cosine:.6f}"
+        rounding = _figure(row.rounding)
+        lines.append(
+            f"  {row.name:<{width}}  {figures[0]:>11}  {figures[1]:>12}  {cosine:>12}  {rounding:>8}  {row.tolerance:>7.1e}"
+        )
+    if len(rows) > len(shown):
+        lines.append(f"  and {len(rows) - len(shown)} more, nearer to the truth, in verification.json")
+    if verification.next_tokens:
+        lines.append(f"  {'the head on ...':<{width}}  same likeliest token  positions  worst probability  rounding  allowed")
+    for head in verification.next_tokens:
+        lines.append(
+            f"  {head.name:<{width}}  {head.top1_agreement:>20.1%}  {head.positions:>9,}  {head.largest_difference:>17.1e}"
+            f"  {head.rounding:>8.1e}  {head.tolerance:>7.1e}"
+        )
+    if verification.next_tokens_note:
+        lines.append(f"  the model's head was not tried: {verification.next_tokens_note}")
+    lines += [f"  {checked}" for checked in verification.checked]
+    return "\n".join(lines)
+
+
+def _nearness(row: "NameFigures") -> float:
+    return float("inf") if row.worst_error is None else row.worst_error / row.tolerance
+
+
+def _figure(value: float | None) -> str:
+    return "inf/NaN" if value is None else f"{value:.1e}"

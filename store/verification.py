@@ -1,0 +1,165 @@
+"""verification.json: what was computed again, alone, and held against a store, and how it came out."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from exactivations.store.errors import StoreError, VerificationError
+from exactivations.store.run_folder import VERIFICATION_FILE, RunFolder, RunInfo
+from exactivations.store.shard import write_text_atomically
+
+
+@dataclass(frozen=True)
+class NameFigures:
+    """How one activation agreed, over all samples drawn.
+
+    Figures that are not finite (a true row of zeros, say) are None, since JSON has no infinity.
+
+    Attributes:
+        name: "<hook point>/<pooling>".
+        worst_error, median_error: Relative errors, norm(stored - true) / norm(true); of a sample's tokens the worst counts.
+        worst_cosine, median_cosine: Cosines of stored and true rows; of a sample's tokens the lowest counts.
+        rounding: What rounding alone did to the worst sample: the truth in the compute dtype against the truth in float32.
+        tolerance: What was allowed for the worst sample.
+    """
+
+    name: str
+    worst_error: float | None
+    median_error: float | None
+    worst_cosine: float | None
+    median_cosine: float | None
+    rounding: float | None
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class NextTokenFigures:
+    """The model's own head on stored states, against its own next-token distribution for the sample alone.
+
+    Attributes:
+        name: The activation that the head was applied to (through the final norm, if it lies before that).
+        positions: Tokens that were looked at.
+        top1_agreement: Share of them where both have the same most probable next token.
+        largest_difference: The largest difference of any token's probability.
+        rounding: The largest difference that computing in float32 makes.
+        tolerance: The largest difference that was allowed.
+    """
+
+    name: str
+    positions: int
+    top1_agreement: float
+    largest_difference: float
+    rounding: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The content of verification.json.
+
+    Attributes:
+        passed: Whether everything agreed.
+        fingerprint: Of the run that was verified.
+        samples: Indices of the samples drawn.
+        failed_samples: Those of them that did not agree.
+        failures: What did not agree, in words; the first ones.
+        n_failures: How many there were.
+        figures: By activation.
+        next_tokens: The check of the head, by activation; empty if there was nothing to check.
+        next_tokens_note: Why there was nothing to check, or None.
+        dtype: What the truth was computed in.
+        tolerance: Where the tolerances come from, in words.
+        checked: What else was looked at ("checksums", "token hashes of all samples", …).
+        seconds: What the verification took, on the rank that took longest.
+        share: That as a share of the run's wall time; None when it was done later.
+        when: Date and time, ISO 8601.
+    """
+
+    passed: bool
+    fingerprint: str
+    samples: list[int]
+    figures: list[NameFigures]
+    dtype: str
+    tolerance: str
+    seconds: float
+    when: str
+    failed_samples: list[int] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    n_failures: int = 0
+    next_tokens: list[NextTokenFigures] = field(default_factory=list)
+    next_tokens_note: str | None = None
+    checked: list[str] = field(default_factory=list)
+    share: float | None = None
+
+
+def write_verification(folder: RunFolder, verification: Verification) -> None:
+    """Writes verification.json, whole or not at all.
+
+    Raises:
+        StoreError: If that fails.
+    """
+    path = folder.path / VERIFICATION_FILE
+    try:
+        write_text_atomically(path, json.dumps(asdict(verification), indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error}. The store stays unverified") from error
+
+
+def read_verification(folder: RunFolder, info: RunInfo) -> Verification | None:
+    """Reads verification.json; None if there is none, or it is that of another run.
+
+    Raises:
+        StoreError: If it cannot be read.
+    """
+    path = folder.path / VERIFICATION_FILE
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise StoreError(
+            f"{path} cannot be read: {error}. Remove it and verify anew: exactivations verify {folder.path}"
+        ) from error
+    try:
+        content["figures"] = [NameFigures(**figures) for figures in content["figures"]]
+        content["next_tokens"] = [NextTokenFigures(**figures) for figures in content["next_tokens"]]
+        verification = Verification(**{f.name: content[f.name] for f in fields(Verification)})
+    except (KeyError, TypeError) as error:
+        raise StoreError(
+            f"{path} is not a verification of this version ({type(error).__name__}: {error}). Remove it and verify anew: "
+            f"exactivations verify {folder.path}"
+        ) from error
+    return verification if verification.fingerprint in info.fingerprints else None
+
+
+def refuse_unverified(folder: RunFolder, info: RunInfo, *, complete: bool) -> None:
+    """Refuses a store whose verification failed, and a complete one that was never verified.
+
+    Raises:
+        VerificationError: With what failed, or how to verify it.
+    """
+    verification = read_verification(folder, info)
+    if verification is None and complete:
+        raise VerificationError(
+            f"{folder.path} is not verified: no sample of it was computed again alone and compared. Verify it: "
+            f"exactivations verify {folder.path}; or open it with allow_unverified=True"
+        )
+    if verification is not None:
+        refuse_failed(folder, verification)
+
+
+def refuse_failed(folder: RunFolder, verification: Verification) -> None:
+    """Refuses a store by its verdict.
+
+    Raises:
+        VerificationError: If it failed, with what failed.
+    """
+    if verification.passed:
+        return
+    more = f"\n  and {verification.n_failures - 5} more" if verification.n_failures > 5 else ""
+    raise VerificationError(
+        f"{folder.path} failed its verification of {verification.when}:\n  "
+        + "\n  ".join(verification.failures[:5])
+        + f"{more}\nMend the cause and extract it anew with --overwrite, verify it again (exactivations verify {folder.path}), "
+        "or open it with allow_unverified=True to look into it"
+    )
