@@ -90,64 +90,67 @@ class GroundTruth:
         found: dict[str, Tensor] = {}
 
         def keep(name: str, state: Any) -> None:
-            state = state[0] if isinstance(state, tuple | list) else state
+            state = _first(state)
             if isinstance(state, Tensor) and state.ndim == 3:
                 found[name] = state[0].detach().clone()
 
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(computing_in(self.model, dtype or self.model.dtype))
-            own = self._watch_the_end(stack)
-            at_the_end = [point.name for point in self._hook_points if not self._watch(point, keep, stack)]
+            ends = self._watch_the_end(stack)
+            for point in self._hook_points:
+                self._watch(point, keep, ends, stack)
             out = self.model(input_ids=input_ids[None].to(self.model.device), **self._arguments)
-        for name in at_the_end:  # what the model hands out; if it was projected to another width after that, what went into it
-            state = own.get(name, out)[0]
-            keep(name, out[0] if state.shape == out[0].shape else state)
+        for name in [point.name for point in self._hook_points if point.name in ends and point.name not in found]:
+            # What the model hands out; if it was projected to another width before that (OPT-350m), what was put out itself.
+            keep(name, out[0] if ends[name].shape == out[0].shape else ends[name])
         missing = [point.name for point in self._hook_points if point.name not in found]
         if missing:
             raise InvalidInputError(f"computing one sample alone did not reach {', '.join(missing)}")
         return {name: state.cpu() for name, state in found.items()}
 
-    def _watch_the_end(self, stack: ExitStack) -> dict[str, list[Any]]:
+    def _watch_the_end(self, stack: ExitStack) -> dict[str, Tensor]:
         """Notes what the last block and the final norm put out, by hook point; what follows may change it once more."""
-        found: dict[str, list[Any]] = {}
+        found: dict[str, Tensor] = {}
         modules = {"final_norm": self._anatomy.final_norm}
         if self._anatomy.blocks is not None:
             modules[f"resid_post.{self._anatomy.n_blocks - 1}"] = f"{self._anatomy.blocks}.{self._anatomy.n_blocks - 1}"
         for name, path in modules.items():
             if path is not None:
                 handle = self.model.get_submodule(path).register_forward_hook(
-                    lambda _, __, output, name=name: found.update({name: list(output) if isinstance(output, tuple) else [output]})
+                    lambda _, __, output, name=name: found.update({name: _first(output)})
                 )
                 stack.callback(handle.remove)
         return found
 
-    def _watch(self, point: HookPoint, keep: Callable[[str, Any], None], stack: ExitStack) -> bool:
-        """Watches where a hook point's state arrives; False if that is the end of the model."""
+    def _watch(self, point: HookPoint, keep: Callable[[str, Any], None], ends: dict[str, Tensor], stack: ExitStack) -> None:
+        """Watches where a hook point's state arrives, unless that is the end of the model."""
         kind, _, layer = point.name.partition(".")
-        if kind == "final_norm":
-            return False
-        path, takes_input = point.path, point.reads_input
-        if kind == "resid_post":
-            next_one = self._after_block(int(layer))
-            if next_one is None:
-                return False
-            path, takes_input = next_one, True
+        is_last = kind == "resid_post" and int(layer) == self._anatomy.n_blocks - 1
+        next_one = self._after_block(int(layer)) if kind == "resid_post" else point.path
+        if kind == "final_norm" or next_one is None:
+            return
+        path, takes_input = next_one, point.reads_input or kind == "resid_post"
         module = self.model.get_submodule(path)
         if takes_input:
             handle = module.register_forward_pre_hook(
-                lambda _, args, kwargs: keep(point.name, _input(args, kwargs)), with_kwargs=True
+                # Not what a norm gets that was taken for the final one and runs before the blocks (BART's decoder).
+                lambda _, args, kwargs: None if is_last and point.name not in ends else keep(point.name, _input(args, kwargs)),
+                with_kwargs=True,
             )
         else:
             handle = module.register_forward_hook(lambda _, __, output: keep(point.name, output))
         stack.callback(handle.remove)
-        return True
 
     def _after_block(self, layer: int) -> str | None:
         """Returns the module that receives a block's output: the next block, or the final norm; None if nothing follows it."""
         if layer + 1 < self._anatomy.n_blocks:
             return f"{self._anatomy.blocks}.{layer + 1}"
         return self._anatomy.final_norm
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -156,11 +156,11 @@ def refuse_rounded_buffers(model: PreTrainedModel) -> None:
             expected = None if fresh is None else getattr(fresh, name, None)
             if expected is None or expected.shape != buffer.shape:
                 continue
+            found = f"{buffer.dtype}, expected {expected.dtype}" if buffer.dtype != expected.dtype else "its values were rounded"
             if buffer.dtype != expected.dtype or not torch.allclose(buffer.cpu(), expected.cpu(), rtol=1e-6, atol=0.0):
                 raise InvalidInputError(
-                    f"buffer {path}.{name} of {type(model).__name__} is not what its configuration makes ({buffer.dtype}, expected "
-                    f"{expected.dtype} unrounded): the whole model was cast, as by model.to(torch.bfloat16). Load it in its "
-                    "dtype instead: from_pretrained(…, dtype=torch.bfloat16)"
+                    f"buffer {path}.{name} of {type(model).__name__} is not what its configuration makes ({found}): the whole "
+                    "model was cast, as by model.to(torch.bfloat16). Load it in its dtype instead: from_pretrained(…, dtype=torch.bfloat16)"
                 )
 
 

@@ -68,7 +68,7 @@ class NextTokenCheck:
         assert whole.base_model is body
         self._whole, self._body, self._anatomy = whole, body, dissect(body)
         self._whole.to(body.device)  # type: ignore[arg-type]  # transformers' own annotation lacks torch.device
-        self._answerer = body
+        self._answerer: nn.Module = body
         self._then = self._what_follows()
 
     def applies_to(self, name: str) -> bool:

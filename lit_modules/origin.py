@@ -29,9 +29,7 @@ class Origin(StrEnum):
     """Where rows that disagree went wrong."""
 
     AFTER_COMPUTING = "its batch, computed again, gives other rows: mixed up after computing, or computed by something else"
-    IN_COMPUTING = (
-        "its batch, computed again, gives the stored rows, and in float32 too they are wrong: batches are computed wrongly"
-    )
+    IN_COMPUTING = "its batch, computed again, gives these rows, and in float32 wrong ones too: a fault in computing batches"
     IN_ROUNDING = "its batch is right in float32: a kernel of this dtype or attention implementation is at fault"
 
 

@@ -26,7 +26,7 @@ from exactivations.store.activation_store import ActivationStore, Sample
 from exactivations.store.errors import ExactivationsError
 from exactivations.store.verification import NameFigures, NextTokenFigures, Verification
 
-MOST_EXPLAINED = 3  # failures of one rank whose cause is looked for: that costs forward passes
+MOST_EXPLAINED = 16  # failures of one rank whose cause is looked for: that costs forward passes
 MOST_FAILURES = 100  # that are written down
 
 
@@ -274,4 +274,6 @@ def _next_token_figures(name: str, results: list[SampleResult]) -> NextTokenFigu
     worst = max(found, key=lambda checked: checked.difference / checked.tolerance)
     positions = sum(checked.positions for checked in found)
     agreement = sum(checked.same_top1 for checked in found) / positions
-    return NextTokenFigures(name, positions, agreement, _probability(worst.difference), _probability(worst.rounding), worst.tolerance)
+    return NextTokenFigures(
+        name, positions, agreement, _probability(worst.difference), _probability(worst.rounding), worst.tolerance
+    )

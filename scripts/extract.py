@@ -270,7 +270,7 @@ def tell_result(
     if check is None:
         print(f"not verified (--verify-samples 0): readers refuse it until you run: exactivations verify {folder.path}")
     elif check.verification is not None:
-        print(("verified before; " if check.was_verified_before else "") + verification_table(check.verification))
+        print(("nothing new was computed; " if check.was_verified_before else "") + verification_table(check.verification))
     if len(published) < n_shards:
         print(f"{n_shards - len(published):,} shards are in other nodes' folders: copy all folders into one to read them")
     else:

@@ -43,7 +43,7 @@ def show(run: str, *, checksums: bool = False) -> None:
         print(f"  FAILED its verification of {verification.when}: {verification.failures[0]}")
         print(f"  and {verification.n_failures - 1:,} more; readers refuse it")
     else:
-        print(f"  verified  {verification.when}: {len(verification.samples)} samples computed again alone, all agree")
+        print(f"  verified  {verification.when}: {len(verification.samples)} samples, computed again alone, agree")
     print(how_to_read(run, store.names[0], incomplete=bool(missing)))
 
 

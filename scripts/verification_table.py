@@ -15,12 +15,14 @@ def verification_table(verification: "Verification", *, everything: bool = False
         verification: The verdict.
         everything: Show all activations, and not only the first ones.
     """
-    share = "" if verification.share is None else f", {verification.share:.1%} of the run"
-    verdict = "all agree" if verification.passed else f"{verification.n_failures} DISAGREE"
-    lines = [
-        f"{len(verification.samples)} samples computed again alone ({verification.dtype}), and held against what the store holds: "
-        f"{verdict} ({verification.seconds:.1f} s{share})"
-    ]
+    n, share = len(verification.samples), "" if verification.share is None else f", {verification.share:.1%} of the run"
+    what = f"{n} samples, computed again alone in {verification.dtype}"
+    verdict = (
+        f"verified: {what}, agree"
+        if verification.passed
+        else f"NOT VERIFIED: of {what}, {len(verification.failed_samples)} disagree"
+    )
+    lines = [f"{verdict} with the store ({verification.seconds:.1f} s{share})"]
     rows = sorted(verification.figures, key=_nearness, reverse=True)
     shown = rows if everything else rows[:MOST_ROWS]
     width = max([15, *(len(row.name) for row in shown)])

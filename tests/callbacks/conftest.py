@@ -217,11 +217,11 @@ def predict(parts):
     """Runs a whole extraction in this process and returns its writer."""
     import lightning.pytorch as pl
 
-    def predict(out, *callbacks, writer=None, extractor=None, data=None):
+    def predict(out, *callbacks, before=(), writer=None, extractor=None, data=None):
         default_extractor, default_data = parts()
         writer = writer or ActivationWriter(out)
         trainer = pl.Trainer(
-            accelerator="cpu", devices=1, callbacks=[writer, *callbacks], logger=False, use_distributed_sampler=False,
+            accelerator="cpu", devices=1, callbacks=[*before, writer, *callbacks], logger=False, use_distributed_sampler=False,
             enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
         )  # fmt: skip
         trainer.predict(extractor or default_extractor, datamodule=data or default_data, return_predictions=False)
