@@ -26,6 +26,7 @@ from exactivations.store.errors import ExactivationsError, IdentityError, Invali
 from exactivations.store.lock import RunLock
 from exactivations.store.run_folder import ENVIRONMENT_FIELDS, RunFolder, RunInfo
 from exactivations.store.shard import ShardBuffer, write_shard
+from exactivations.store.verification import withdraw_passed
 
 QUEUED_BATCHES = 4  # enough that neither side waits for the other's jitter; few enough that host memory stays small
 
@@ -102,11 +103,13 @@ class ActivationWriter(BasePredictionWriter):
         rank.identity = info.identity
         self.folder.refuse_strangers()  # before the lock, which leaves a file
         self._lock = RunLock(self.folder.path, run_id)
-        self._lock.acquire(
-            lambda: self.folder.prepare(info, data.sample_blocks(), overwrite=self.overwrite, allow_changed=self.allow_changed)
-        )
+        self._lock.acquire(lambda: self._prepare(info, data))
         self.info = self.folder.read_info()
         rank.published = self.folder.published(self.info)
+
+    def _prepare(self, info: RunInfo, data: TextDataModule) -> None:
+        self.folder.prepare(info, data.sample_blocks(), overwrite=self.overwrite, allow_changed=self.allow_changed)
+        withdraw_passed(self.folder, self.folder.read_info())
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the thread that writes."""

@@ -86,7 +86,7 @@ def _neighbours(data: TextDataModule, sample_index: int) -> Iterator[tuple[int, 
     for step in (1, -1):
         if 0 <= position + step < len(tokens):
             found.setdefault(position + step, f"the {'next' if step == 1 else 'one before'} in the dataset")
-        if 0 <= place + step < len(plan.order):
+        if 0 <= place + step < len(plan.order) and plan.shard_of_sample[plan.order[place + step]] == plan.shard_of_sample[position]:
             found.setdefault(int(plan.order[place + step]), f"the {'next' if step == 1 else 'previous'} row in its shard")
     for other in plan.batch(plan.batch_of(position))[:MOST_NEIGHBOURS].tolist():
         if other != position:

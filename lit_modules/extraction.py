@@ -28,6 +28,7 @@ from exactivations.lit_modules.language_model import (
     vocabulary_size,
     weights_hash,
 )
+from exactivations.lit_modules.model_facts import length_dependent_rope
 from exactivations.lit_modules.pooling import TOKENS, check_pooling, pool
 from exactivations.store.batches import ActivationBatch, ActivationSpec, TokenBatch
 from exactivations.store.errors import InvalidInputError
@@ -92,7 +93,7 @@ class ActivationExtractor(pl.LightningModule):
             raise InvalidInputError(f"poolings must be named, each once, got {poolings}")
         if store_dtype is not None and store_dtype not in DTYPES:
             raise InvalidInputError(f"store_dtype must be one of {', '.join(DTYPES)}, got {store_dtype!r}")
-        self.model_name = model if isinstance(model, str) else (model.name_or_path or type(model).__name__)
+        self.model_name: str | None = model if isinstance(model, str) else (model.name_or_path or None)
         self.hook_point_names, self.poolings = list(hook_points), list(poolings)
         self.options, self.store_dtype, self.cpu_threads = options or ModelOptions(), store_dtype, cpu_threads
         self._given = (model,)  # in a tuple, out of the module tree
@@ -117,7 +118,7 @@ class ActivationExtractor(pl.LightningModule):
             weights = load_model(given, self.options, device.type, with_head=self._reads_tokens)
         else:
             weights = LoadedWeights(body_of(given), frozenset(), given if has_head(given) else None)
-            refuse_rounded_buffers(weights.body)
+            refuse_rounded_buffers(weights.body, values_change=bool(length_dependent_rope(weights.body)))
         body, random = weights.body, weights.random
         points, arguments = resolve_hook_points(body, self.hook_point_names), forward_arguments(body)
         hash_of_all = weights_hash(body, without=random)

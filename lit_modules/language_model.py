@@ -138,11 +138,15 @@ def has_head(model: PreTrainedModel) -> bool:
     return model.base_model is not model and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
-def refuse_rounded_buffers(model: PreTrainedModel) -> None:
+def refuse_rounded_buffers(model: PreTrainedModel, *, values_change: bool = False) -> None:
     """Refuses a model whose rotary frequencies were rounded, as `model.to(torch.bfloat16)` or `model.half()` does.
 
     Such buffers are not in the checkpoint and are meant to stay in float32; rounded, they turn later tokens by wrong angles.
     Modules that hold buffers and no weights are made anew from the configuration, and compared.
+
+    Args:
+        model: The model.
+        values_change: Whether the model changes its frequencies itself, with the length of what it sees: then only the dtype tells.
 
     Raises:
         InvalidInputError: Naming the buffer and how to load the model instead.
@@ -156,11 +160,12 @@ def refuse_rounded_buffers(model: PreTrainedModel) -> None:
             expected = None if fresh is None else getattr(fresh, name, None)
             if expected is None or expected.shape != buffer.shape:
                 continue
-            found = f"{buffer.dtype}, expected {expected.dtype}" if buffer.dtype != expected.dtype else "its values were rounded"
-            if buffer.dtype != expected.dtype or not torch.allclose(buffer.cpu(), expected.cpu(), rtol=1e-6, atol=0.0):
+            same_dtype = buffer.dtype == expected.dtype
+            found = "its values were rounded" if same_dtype else f"{buffer.dtype}, expected {expected.dtype}"
+            if not same_dtype or not (values_change or torch.allclose(buffer.cpu(), expected.cpu(), rtol=1e-6, atol=0.0)):
                 raise InvalidInputError(
                     f"buffer {path}.{name} of {type(model).__name__} is not what its configuration makes ({found}): the whole "
-                    "model was cast, as by model.to(torch.bfloat16). Load it in its dtype instead: from_pretrained(…, dtype=torch.bfloat16)"
+                    "model was cast, as by model.to(torch.bfloat16). Load it in its dtype: from_pretrained(…, dtype=torch.bfloat16)"
                 )
 
 
@@ -170,7 +175,10 @@ def _made_anew(module: nn.Module, model: PreTrainedModel) -> nn.Module | None:
     required = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if required != ["self", "config"]:
         return None
-    fresh: nn.Module = type(module)(config=model.config.get_text_config())
+    try:
+        fresh: nn.Module = type(module)(config=model.config.get_text_config())
+    except (AttributeError, KeyError, TypeError, ValueError):  # a part that is made from another configuration (of images, say)
+        return None
     return fresh
 
 

@@ -5,6 +5,7 @@ soft-capping, scaling) is the model's own code.
 """
 
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from exactivations.lit_modules.ground_truth import computing_in, tolerance_for
+from exactivations.lit_modules.ground_truth import computing_in, relative_error, tolerance_for
 from exactivations.lit_modules.hook_points import Anatomy, dissect
 from exactivations.lit_modules.language_model import evaluating, forward_arguments
 from exactivations.lit_modules.pooling import TOKENS
 
+LOGIT_RANGE = 50.0  # what lies further below the largest logit has no probability; some models put -inf there
 MOST_POSITIONS = 128  # of one sample, evenly spread: each costs a row as wide as the vocabulary
 
 
@@ -32,13 +34,14 @@ class NextTokens:
     positions: int
     same_top1: int
     difference: float
+    error: float
     rounding: float
     tolerance: float
 
     @property
     def agrees(self) -> bool:
-        """Whether every probability is the model's own, up to rounding."""
-        return self.difference <= self.tolerance
+        """Whether the logits are the model's own, up to rounding."""
+        return math.isfinite(self.error) and self.error <= self.tolerance
 
 
 @dataclass(frozen=True)
@@ -97,54 +100,51 @@ class NextTokenCheck:
         if self._body.dtype != torch.float32:
             with computing_in(self._whole, torch.float32):
                 in_float32, _ = self._own(input_ids, positions)
-        rounding = (own - in_float32).abs().max().item()
         results = []
         for name, states in stored.items():
-            found = self._from_states(name.rpartition("/")[0], states, input_ids, output)
-            expected = own[torch.searchsorted(positions, states.positions)]
-            difference = (found - expected).abs().max()
-            results.append(
-                NextTokens(
-                    name=name,
-                    sample_index=sample_index,
-                    positions=len(states.positions),
-                    same_top1=int((found.argmax(dim=1) == expected.argmax(dim=1)).sum()),
-                    difference=torch.where(torch.isfinite(difference), difference, torch.inf).item(),
-                    rounding=rounding,
-                    tolerance=tolerance_for(dtypes, rounding),
-                )
-            )
+            found = self._from_states(states, self._then[name.rpartition("/")[0]], input_ids, output)
+            rows = torch.searchsorted(positions, states.positions)
+            rounding = relative_error(_centred(own[rows]), _centred(in_float32[rows]))
+            rounding = rounding.maximum(self._rounding_of_storing(states, input_ids, output, own[rows]))
+            results.append(_judge(name, sample_index, found, own[rows], rounding.maximum(rounding.median()), dtypes))
         return results
 
     def _own(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Any]:
-        """Returns the model's own distributions [k, V] after these positions, and what its body put out."""
+        """Returns the model's own logits [k, V] after these positions, and what its body put out."""
         outputs: list[Any] = []
         handle = self._answerer.register_forward_hook(lambda _, __, output: outputs.append(output))
         try:
-            return self._probabilities(input_ids, positions), outputs[0]
+            return self._logits(input_ids, positions), outputs[0]
         finally:
             handle.remove()
 
-    def _from_states(self, hook_point: str, stored: StoredStates, input_ids: Tensor, output: Any) -> Tensor:
-        """Returns the distributions [k, V] that follow from stored states in the place of the computed ones."""
+    def _rounding_of_storing(self, stored: StoredStates, input_ids: Tensor, output: Any, own: Tensor) -> Tensor:
+        """Returns what it does to the logits, float64 [k], that states are stored in a lower precision."""
+        true = output["last_hidden_state"][0]
+        if torch.finfo(stored.values.dtype).eps <= torch.finfo(self._body.dtype).eps:
+            return torch.zeros(len(own), dtype=torch.float64)
+        rounded = StoredStates(true[stored.positions.to(true.device)].to(stored.values.dtype), stored.positions)
+        return relative_error(_centred(self._from_states(rounded, nn.Identity(), input_ids, output)), _centred(own))
+
+    def _from_states(self, stored: StoredStates, follower: nn.Module, input_ids: Tensor, output: Any) -> Tensor:
+        """Returns the logits [k, V] that follow from stored states, through the follower, in the computed ones' place."""
         states = output["last_hidden_state"].clone()
         rows = stored.values.to(states.device, states.dtype)  # Mamba's residual stream is float32 in half precision too
-        states[0, stored.positions.to(states.device)] = self._then[hook_point](rows[None])[0].to(states.dtype)
+        states[0, stored.positions.to(states.device)] = follower(rows[None])[0].to(states.dtype)
         changed = type(output)(**{**output, "last_hidden_state": states})
         with _answering(self._answerer, changed):
-            return self._probabilities(input_ids, stored.positions)
+            return self._logits(input_ids, stored.positions)
 
-    def _probabilities(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Returns the next-token distributions, float32 [k, V] on the host, after these positions."""
+    def _logits(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Returns the next-token logits, float32 [k, V] on the host, after these positions."""
         arguments: dict[str, Any] = forward_arguments(self._whole)
         positions = positions.to(self._body.device)
         keeps = "logits_to_keep" in inspect.signature(self._whole.forward).parameters
         if keeps:
             arguments["logits_to_keep"] = positions
         with evaluating(self._whole):
-            logits = self._whole(input_ids=input_ids[None].to(self._body.device), **arguments).logits[0]
-        probabilities: Tensor = (logits if keeps else logits[positions]).float().softmax(dim=1)
-        return probabilities.cpu()
+            logits: Tensor = self._whole(input_ids=input_ids[None].to(self._body.device), **arguments).logits[0]
+        return (logits if keeps else logits[positions]).float().cpu()
 
     @torch.no_grad()
     def _what_follows(self) -> dict[str, nn.Module]:
@@ -178,6 +178,31 @@ class NextTokenCheck:
                 if _alike(follower(state), received):
                     return {**then, f"resid_post.{self._anatomy.n_blocks - 1}": follower}
         return then
+
+
+def _judge(name: str, sample_index: int, found: Tensor, own: Tensor, rounding: Tensor, dtypes: list[torch.dtype]) -> NextTokens:
+    """Holds logits [k, V] against the model's own. Probabilities are told, logits judged: flat predictions hide wrong states."""
+    errors = relative_error(_centred(found), _centred(own))
+    allowed = torch.tensor([tolerance_for(dtypes, r) for r in rounding.tolist()], dtype=torch.float64)
+    worst = int((errors / allowed).argmax())
+    difference = (found.softmax(dim=1) - own.softmax(dim=1)).abs().max()
+    return NextTokens(
+        name=name,
+        sample_index=sample_index,
+        positions=len(own),
+        same_top1=int((found.argmax(dim=1) == own.argmax(dim=1)).sum()),
+        difference=torch.where(torch.isfinite(difference), difference, torch.inf).item(),
+        error=errors[worst].item(),
+        rounding=rounding[worst].item(),
+        tolerance=allowed[worst].item(),
+    )
+
+
+def _centred(logits: Tensor) -> Tensor:
+    """Returns logits, float64 [k, V], without their mean, on which no probability depends, and cut off near -inf."""
+    logits = logits.double()
+    logits = logits.maximum(logits.max(dim=1, keepdim=True).values - LOGIT_RANGE)
+    return logits - logits.mean(dim=1, keepdim=True)
 
 
 def _alike(state: Tensor, received: Tensor) -> bool:

@@ -26,13 +26,13 @@ def run_info(extractor: ActivationExtractor, data: TextDataModule, specs: dict[s
     return RunInfo(
         identity={**extractor.identity(), **data.identity()},
         about={
-            "model": extractor.model_name,
+            "model": _absolute(extractor.model_name),
             "revision": getattr(extractor.load(extractor.device).model.config, "_commit_hash", None) or options.revision,
             "attn_implementation": options.attn_implementation,
             "trust_remote_code": options.trust_remote_code,
-            "tokenizer": _name_of(data.tokenizer),
+            "tokenizer": _absolute(_name_of(data.tokenizer)),
             "tokenizer_revision": data.tokenizer_revision,
-            "dataset": str(data.source) if isinstance(data.source, str | Path) else None,
+            "dataset": _absolute(str(data.source)) if isinstance(data.source, str | Path) else None,
             "dataset_kind": type(data.source).__name__,
             "config": data.config,
             "split": data.split,
@@ -55,9 +55,14 @@ def run_info(extractor: ActivationExtractor, data: TextDataModule, specs: dict[s
     )
 
 
-def _name_of(tokenizer: PreTrainedTokenizerBase) -> str:
+def _name_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
     name: str = tokenizer.name_or_path
-    return "demo" if name == resolve_model("demo") else name
+    return "demo" if name == resolve_model("demo") else name or None
+
+
+def _absolute(name: str | None) -> str | None:
+    """Returns the full path of a local file or folder, so that it is found from any working directory; other names as they are."""
+    return str(Path(name).resolve()) if name is not None and name != "demo" and Path(name).exists() else name
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,15 @@ class Elsewhere:
 def extractor_of(info: RunInfo, elsewhere: Elsewhere) -> ActivationExtractor:
     """Makes the extractor of a run again from its description. Whether it is the same, its identity tells."""
     about, identity = info.about, info.present_identity
+    model = elsewhere.model or about["model"]
+    if model is None:
+        raise InvalidInputError(
+            f"the run's model was a {identity['model_class']} in Python that has no name: save it and pass --model; or verify from "
+            "Python with exactivations.lit_modules.verify_store"
+        )
     options = ModelOptions(about["revision"], identity["dtype"], about["attn_implementation"], about["trust_remote_code"])
     return ActivationExtractor(
-        elsewhere.model or about["model"], identity["hook_points"], identity["poolings"], options=options,
+        model, identity["hook_points"], identity["poolings"], options=options,
         store_dtype=identity["store_dtype"], cpu_threads=identity["cpu_threads"],
     )  # fmt: skip
 
@@ -94,11 +105,17 @@ def data_of(info: RunInfo, elsewhere: Elsewhere) -> TextDataModule:
             f"the run's dataset was a {about['dataset_kind']} in Python, that has no name: save it and pass --dataset; or "
             "verify from Python with exactivations.lit_modules.verify_store"
         )
+    tokenizer = elsewhere.tokenizer or about["tokenizer"]
+    if tokenizer is None:
+        raise InvalidInputError(
+            "the run's tokenizer was an object in Python without a name: save it and pass --tokenizer; or verify from Python with "
+            "exactivations.lit_modules.verify_store"
+        )
     names = {"text_column": about["text_column"], "messages_column": about["messages_column"], "on_empty": about["on_empty"]}
     recorded = {f.name: identity[f.name] for f in fields(TextOptions) if f.name not in names}
     return TextDataModule(
         dataset,
-        elsewhere.tokenizer or about["tokenizer"],
+        tokenizer,
         tokenizer_revision=about["tokenizer_revision"],
         trust_remote_code=about["trust_remote_code"],
         config=elsewhere.config or about["config"],

@@ -201,9 +201,9 @@ def _failure(wrong: list[Comparison], n: int, origin: Origin | None) -> str:
 
 def _next_token_failure(result: NextTokens) -> str:
     return (
-        f"sample {result.sample_index}: the model's head on the stored {result.name} does not predict what the model predicts: a "
-        f"probability differs by {result.difference:.2g}, allowed is {result.tolerance:.2g}; the most likely token is the same at "
-        f"{result.same_top1} of {result.positions} positions"
+        f"sample {result.sample_index}: the model's head on the stored {result.name} does not give what the model gives: its "
+        f"logits are off by {result.error:.2g} of their norm, allowed is {result.tolerance:.2g}; the likeliest token is the same "
+        f"at {result.same_top1} of {result.positions} positions"
     )
 
 
@@ -271,9 +271,8 @@ def _probability(difference: float) -> float:
 
 def _next_token_figures(name: str, results: list[SampleResult]) -> NextTokenFigures:
     found = [checked for result in results for checked in result.next_tokens if checked.name == name]
-    worst = max(found, key=lambda checked: checked.difference / checked.tolerance)
+    worst = max(found, key=lambda checked: checked.error / checked.tolerance)
     positions = sum(checked.positions for checked in found)
     agreement = sum(checked.same_top1 for checked in found) / positions
-    return NextTokenFigures(
-        name, positions, agreement, _probability(worst.difference), _probability(worst.rounding), worst.tolerance
-    )
+    difference = _probability(max(checked.difference for checked in found))
+    return NextTokenFigures(name, positions, agreement, difference, _finite(worst.error), _finite(worst.rounding), worst.tolerance)

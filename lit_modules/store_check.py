@@ -8,7 +8,7 @@ import torch
 from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.extraction import ActivationExtractor
 from exactivations.lit_modules.hook_points import dissect
-from exactivations.lit_modules.next_tokens import before_the_head
+from exactivations.lit_modules.next_tokens import NextTokenCheck, before_the_head
 from exactivations.lit_modules.sample_check import SampleCheck, summarize
 from exactivations.store.activation_store import ActivationStore
 from exactivations.store.errors import CorruptShardError, IdentityError, InvalidInputError
@@ -81,7 +81,9 @@ def why_no_head(extractor: ActivationExtractor) -> str | None:
     """Says why the model's head cannot be put on what is stored, or None if it can."""
     loaded = extractor.load(extractor.device)
     if loaded.whole is not None:
-        return None
+        check = NextTokenCheck(loaded.whole, loaded.model)
+        heads = any(check.applies_to(name) for name in extractor.specs())
+        return None if heads else "no state that is stored is what the model's head receives: the model changes it once more"
     points = before_the_head(dissect(loaded.model))
     if points.isdisjoint(point.name for point in loaded.hook_points):
         return f"no state before the head is stored ({' or '.join(sorted(points)) or 'final_norm'})"

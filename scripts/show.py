@@ -22,7 +22,7 @@ def show(run: str, *, checksums: bool = False) -> None:
     split = f" {about['split']}" if about["split"] else ""
     model = f"{info.identity['model_class']}, {info.identity['dtype']}, weights {info.identity['model'][:12]}"
     print(f"{run}: {state}{'; all checksums agree' if checksums else ''}")
-    print(f"  model     {about['model']} ({model})")
+    print(f"  model     {about['model'] or 'held in Python'} ({model})")
     print(f"  dataset   {dataset}{split}, column {column}")
     print(f"  samples   {len(store):,} of {info.n_samples:,}; {about['n_truncated']:,} cut, {len(info.skipped):,} skipped as empty")
     print(f"  tokens    {info.n_tokens:,}; {padding:.1%} padding computed, none stored")

@@ -37,11 +37,11 @@ def verification_table(verification: "Verification", *, everything: bool = False
     if len(rows) > len(shown):
         lines.append(f"  and {len(rows) - len(shown)} more, nearer to the truth, in verification.json")
     if verification.next_tokens:
-        lines.append(f"  {'the head on ...':<{width}}  same likeliest token  positions  worst probability  rounding  allowed")
+        lines.append(f"  {'the head on ...':<{width}}  error of logits  likeliest token  of probability  rounding  allowed")
     for head in verification.next_tokens:
         lines.append(
-            f"  {head.name:<{width}}  {head.top1_agreement:>20.1%}  {head.positions:>9,}  {head.largest_difference:>17.1e}"
-            f"  {head.rounding:>8.1e}  {head.tolerance:>7.1e}"
+            f"  {head.name:<{width}}  {_figure(head.error):>15}  {head.top1_agreement:>10.1%} same"
+            f"  {head.largest_difference:>14.1e}  {_figure(head.rounding):>8}  {head.tolerance:>7.1e}"
         )
     if verification.next_tokens_note:
         lines.append(f"  the model's head was not tried: {verification.next_tokens_note}")

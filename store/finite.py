@@ -14,10 +14,9 @@ def refuse_not_finite(batch: ActivationBatch) -> None:
         NotFiniteError: Naming the sample, the activation, the token and what to do.
     """
     for name, values in batch.activations.items():
-        # One pass over the memory: a sum is finite unless a value is not, or (then we look closer) the sum itself overflows.
-        if torch.isfinite(values.sum(dtype=torch.float32)) or bool(torch.isfinite(values).all()):
-            continue
-        raise NotFiniteError(_message(batch, name, values))
+        least, largest = torch.aminmax(values)  # NaN comes through; as fast as copying, where isfinite takes thirty times that
+        if not (torch.isfinite(least) and torch.isfinite(largest)):
+            raise NotFiniteError(_message(batch, name, values))
 
 
 def _message(batch: ActivationBatch, name: str, values: Tensor) -> str:

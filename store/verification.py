@@ -41,15 +41,17 @@ class NextTokenFigures:
         positions: Tokens that were looked at.
         top1_agreement: Share of them where both have the same most probable next token.
         largest_difference: The largest difference of any token's probability.
-        rounding: The largest difference that computing in float32 makes.
-        tolerance: The largest difference that was allowed.
+        error: The worst relative error of the logits at one position, without their mean: norm(found - own) / norm(own).
+        rounding: What rounding did to these logits: in the compute dtype against float32, and by storing.
+        tolerance: The error that was allowed there.
     """
 
     name: str
     positions: int
     top1_agreement: float
     largest_difference: float
-    rounding: float
+    error: float | None
+    rounding: float | None
     tolerance: float
 
 
@@ -130,6 +132,13 @@ def read_verification(folder: RunFolder, info: RunInfo) -> Verification | None:
             f"exactivations verify {folder.path}"
         ) from error
     return verification if verification.fingerprint in info.fingerprints else None
+
+
+def withdraw_passed(folder: RunFolder, info: RunInfo) -> None:
+    """Removes the verdict that a run passed, if shards of it are missing now: it cannot hold for those that will replace them."""
+    verification = read_verification(folder, info)
+    if verification is not None and verification.passed and len(folder.published(info)) < info.n_shards:
+        (folder.path / VERIFICATION_FILE).unlink()
 
 
 def refuse_unverified(folder: RunFolder, info: RunInfo, *, complete: bool) -> None:

@@ -319,7 +319,7 @@ def rotary_rounded_and_verified_later(folder, family, dtype):
     extractor, data = long_extractor(), data_of(texts(2, lengths=[1500]), token_budget=4000)
     buffer = extractor._given[0].rotary_emb.inv_freq
     buffer.data = buffer.data.to(torch.bfloat16).to(buffer.dtype)
-    with mock.patch("exactivations.lit_modules.extraction.refuse_rounded_buffers", lambda model: None):
+    with mock.patch("exactivations.lit_modules.extraction.refuse_rounded_buffers", lambda model, **_: None):
         run(folder, extractor, data, check=False)
     refuse(verify_store(folder, long_extractor(), data), folder)
 
