@@ -2,19 +2,24 @@
 
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import lightning.pytorch as pl
+import numpy as np
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from exactivations.callbacks.activation_writer import ActivationWriter
 from exactivations.callbacks.ranks import gather, wait_for_all_ranks
 from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.extraction import ActivationExtractor
-from exactivations.lit_modules.sample_check import SampleCheck, SampleResult, summarize
-from exactivations.lit_modules.store_check import why_no_head
+from exactivations.lit_modules.ground_truth import GroundTruth
+from exactivations.lit_modules.sample_check import CheckedRun, SampleCheck, SampleResult, summarize
+from exactivations.lit_modules.store_check import damaged_shards
 from exactivations.store.activation_store import ActivationStore
 from exactivations.store.errors import ExactivationsError, InvalidInputError, StoreError, VerificationError
+from exactivations.store.run_folder import contents_of
 from exactivations.store.verification import Verification, read_verification, refuse_failed, write_verification
 
 
@@ -62,55 +67,91 @@ class GroundTruthCheck(Callback):
         wait_for_all_ranks(trainer)  # now every shard that will be there is there
         started = time.monotonic()
         mine = RankResults(nothing_new=len(data.skip_shards) == info.n_shards)
-        try:
-            mine.before = read_verification(folder, info)
-        except ExactivationsError as error:
-            mine.failure = error
+        self._guarded(trainer, mine, lambda: self._look(mine))
         ranks: list[RankResults] = gather(mine)
-        if all(rank.nothing_new and rank.before is not None and rank.before.passed for rank in ranks):
+        checksums = {shard: checksum for rank in ranks for shard, checksum in rank.checksums.items()}
+        contents = contents_of(checksums, next((rank.footer for rank in ranks if rank.footer), ""))
+        n = min(self.n_samples, info.n_samples)
+        if all(rank.failure is None and rank.is_settled(contents, n) for rank in ranks):
             self.verification, self.was_verified_before = mine.before, True
             return
-        try:
-            if mine.failure is None:
-                mine.results = self._check(trainer, pl_module, data, mine.before)
-        except ExactivationsError as error:
-            mine.failure = error
-        except Exception as error:  # the other ranks wait for this one, whatever went wrong
-            traceback.print_exc()
-            mine.failure = StoreError(
-                f"rank {trainer.global_rank} could not verify: {type(error).__name__}: {error}. What was written stays, unverified"
-            )
+        self._guarded(trainer, mine, lambda: self._check(trainer, pl_module, data, mine))
         mine.seconds = time.monotonic() - started
-        mine.before = None  # it was exchanged already
         ranks = gather(mine)
         failure = next((rank.failure for rank in ranks if rank.failure is not None), None)
         if failure is not None:
             failure.known_to_all_ranks = True
             raise failure
         seconds = max(rank.seconds for rank in ranks)
-        self.verification = summarize(
-            [result for rank in ranks for result in rank.results], names=list(info.activations), fingerprint=info.fingerprint,
-            dtype=pl_module.load(pl_module.device).model.dtype, seconds=seconds,
-            share=seconds / (time.monotonic() - self._began), next_tokens_note=why_no_head(pl_module),
+        self.verification = verification = summarize(
+            [result for rank in ranks for result in rank.results],
+            CheckedRun(
+                list(info.activations), info.fingerprint, contents,
+                pl_module.load(pl_module.device).model.dtype, seconds, share=seconds / (time.monotonic() - self._began),
+                next_tokens_note=next((rank.no_head for rank in ranks if rank.results), None),
+                damaged={shard: message for rank in ranks for shard, message in rank.damaged.items()},
+            ),
         )  # fmt: skip
         if trainer.local_rank == 0:  # every node has its own folder, or the same one
-            write_verification(folder, self.verification)
+            self._guarded(trainer, mine, lambda: write_verification(folder, verification))
         try:
-            refuse_failed(folder, self.verification)
+            if mine.failure is not None:
+                raise mine.failure
+            refuse_failed(folder, verification)
         except VerificationError as error:
             error.known_to_all_ranks = True
             raise
 
-    def _check(
-        self, trainer: pl.Trainer, extractor: ActivationExtractor, data: TextDataModule, before: Verification | None
-    ) -> list[SampleResult]:
-        """Checks this rank's share of samples, from the shards that are its own."""
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Computes the longest sample alone as the check will, so that too little memory shows now and not at the end."""
+        data: TextDataModule = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.predict
+        assert isinstance(pl_module, ActivationExtractor)
+        loaded = pl_module.load(pl_module.device)
+        if loaded.device.type == "cpu":  # where memory is the same for all, and time is short
+            return
+        longest = int(data.tokens.n_tokens.argmax())
+        ids, _ = data.tokens.gather(np.array([longest]), int(data.tokens.n_tokens[longest]))
+        try:
+            GroundTruth(loaded.model, loaded.hook_points[:1], loaded.arguments).states(ids[0], torch.float32)
+        except torch.cuda.OutOfMemoryError as error:
+            raise InvalidInputError(
+                f"out of device memory computing the longest sample ({ids.shape[1]} tokens) alone in float32, as verifying will: "
+                f"cut it with --max-length, or verify nothing now (--verify-samples 0). {error}"
+            ) from error
+
+    def _guarded(self, trainer: pl.Trainer, mine: "RankResults", work: Callable[[], None]) -> None:
+        """Does a rank's work; what goes wrong is told to the others, who wait for this rank."""
+        if mine.failure is not None:
+            return
+        try:
+            work()
+        except ExactivationsError as error:
+            mine.failure = error
+        except Exception as error:
+            traceback.print_exc()
+            mine.failure = StoreError(
+                f"rank {trainer.global_rank} could not verify: {type(error).__name__}: {error}. What was written stays, unverified"
+            )
+
+    def _look(self, mine: "RankResults") -> None:
+        """Notes the verdict that is there, and which shards are."""
+        assert self._writer.info is not None
+        mine.before = read_verification(self._writer.folder, self._writer.info)
+        mine.checksums = self._writer.folder.checksums(self._writer.info)
+        mine.footer = self._writer.folder.samples_footer()
+
+    def _check(self, trainer: pl.Trainer, extractor: ActivationExtractor, data: TextDataModule, mine: "RankResults") -> None:
+        """Checks this rank's share of samples, from the shards that are its own; after a failure also all their bytes."""
         store = ActivationStore(self._writer.folder.path, allow_incomplete=True, allow_unverified=True)
-        mine = [shard for shard in data.plan.assign(trainer.world_size)[trainer.global_rank] if shard in store.published]
+        shards = [shard for shard in data.plan.assign(trainer.world_size)[trainer.global_rank] if shard in store.published]
+        failed = mine.before if mine.before is not None and not mine.before.passed else None
+        mine.damaged = damaged_shards(store, shards) if failed is not None else {}
         check = SampleCheck(store, extractor, data)
         n = -(-self.n_samples // trainer.world_size)
-        drawn = check.draw(mine, n, self.seed, first=before.failed_samples if before else None)
-        return [check.check(index) for index in drawn]
+        first = failed.failed_samples if failed is not None else None
+        drawn = check.draw([shard for shard in shards if shard not in mine.damaged], n, self.seed, first)
+        mine.results = [check.check(index) for index in drawn]
+        mine.no_head = check.why_no_head()
 
 
 @dataclass
@@ -119,6 +160,16 @@ class RankResults:
 
     nothing_new: bool
     before: Verification | None = None
+    checksums: dict[int, str] = field(default_factory=dict)
+    footer: str = ""
     results: list[SampleResult] = field(default_factory=list)
+    damaged: dict[int, str] = field(default_factory=dict)
+    no_head: str | None = None
     seconds: float = 0.0
     failure: ExactivationsError | None = None
+
+    def is_settled(self, contents: str, n_samples: int) -> bool:
+        """Whether nothing was computed, and these very bytes passed before, with as many samples."""
+        before = self.before
+        same = before is not None and before.passed and before.contents == contents
+        return self.nothing_new and same and before is not None and len(before.samples) >= n_samples

@@ -29,6 +29,7 @@ from exactivations.lit_modules.language_model import (
     weights_hash,
 )
 from exactivations.lit_modules.model_facts import length_dependent_rope
+from exactivations.lit_modules.next_tokens import before_the_head
 from exactivations.lit_modules.pooling import TOKENS, check_pooling, pool
 from exactivations.store.batches import ActivationBatch, ActivationSpec, TokenBatch
 from exactivations.store.errors import InvalidInputError
@@ -48,6 +49,8 @@ class LoadedModel:
     weights_hash: str
     whole: PreTrainedModel | None = None
     """The causal language model around `model`, with its head, if the head can be applied to a state that is read."""
+    no_head: str | None = None
+    """Why there is no `whole`."""
 
     @property
     def device(self) -> torch.device:
@@ -115,27 +118,33 @@ class ActivationExtractor(pl.LightningModule):
         if self.cpu_threads is not None:
             torch.set_num_threads(self.cpu_threads)
         if isinstance(given, str):
-            weights = load_model(given, self.options, device.type, with_head=self._reads_tokens)
+            weights = load_model(given, self.options, device.type, wants_head=lambda skeleton: self._why_no_head(skeleton) is None)
         else:
             weights = LoadedWeights(body_of(given), frozenset(), given if has_head(given) else None)
             refuse_rounded_buffers(weights.body, values_change=bool(length_dependent_rope(weights.body)))
         body, random = weights.body, weights.random
         points, arguments = resolve_hook_points(body, self.hook_point_names), forward_arguments(body)
+        no_head = self._why_no_head(body)  # of the whole body: what is the last block of a cut one is not what its head receives
+        if no_head is None and weights.whole is None:
+            no_head = "the model is no causal language model, or its head is not in the checkpoint"
         hash_of_all = weights_hash(body, without=random)
         if isinstance(given, str):
             cut_after(body, points)
             body.to(device)  # type: ignore[arg-type]  # transformers' own annotation lacks torch.device
         widths = _widths(body, points, arguments)
         refuse_random_weights(body, points, arguments, random)
-        before_the_head = {"final_norm", f"resid_post.{dissect(body).n_blocks - 1}"} & set(self.hook_point_names)
-        whole = weights.whole if before_the_head and self._reads_tokens else None
-        self._loaded = LoadedModel(body, points, widths, arguments, hash_of_all, whole)
+        whole = weights.whole if no_head is None else None
+        self._loaded = LoadedModel(body, points, widths, arguments, hash_of_all, whole, no_head)
         return self._loaded
 
-    @property
-    def _reads_tokens(self) -> bool:
-        """Whether any pooling gives a single token's state, to which a language-model head could be applied."""
-        return not {TOKENS, "last", "first"}.isdisjoint(self.poolings)
+    def _why_no_head(self, body: PreTrainedModel) -> str | None:
+        """Says why a language-model head could not be put on what is read from this body, or None if it could."""
+        if {TOKENS, "last", "first"}.isdisjoint(self.poolings):
+            return "no single token's state is stored (pooling tokens, last or first)"
+        points = before_the_head(dissect(body))
+        if points.isdisjoint(self.hook_point_names):
+            return f"no state before the head is stored ({' or '.join(sorted(points)) or 'final_norm'})"
+        return None
 
     def specs(self) -> dict[str, ActivationSpec]:
         """Returns what each activation looks like, by name "<hook point>/<pooling>"."""

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,14 +23,15 @@ from exactivations.store.errors import InvalidInputError
 
 FLOAT32_TOLERANCE = 1e-4
 ROUNDING_FACTOR = 4.0
+WIDTH_WITH_OUTLIERS = 16  # below that a hundredth of the dimensions is too much of a row
 MOST_TOLERATED = 0.5
 """However much rounding does: beyond this error a row could be another sample's, and takes the proof in float32."""
 
 TOLERANCE_IN_WORDS = (
-    "float32: 1e-4 of a row's norm, a hundred times what another order of summation does. Half precision: four times what "
-    "rounding did to this very row (the same sample alone in float32 against itself in the lower precision), and at least four "
-    "times what rounding a single number can do: another batch shape means another kernel, which rounds as much in another "
-    "way. Never more than half of the norm"
+    "float32: 1e-4 of a row's norm, a hundred times what another order of summation does. Half precision: the sample's batch, "
+    "computed again, must give the stored rows, and in float32 the sample alone to 1e-4; what is left for the dtype is four times "
+    "what rounding did to this very row (the sample alone in float32 against itself in the lower precision), at least four times "
+    "what rounding a single number can do, and at most half of the norm"
 )
 
 
@@ -40,13 +42,13 @@ class Comparison:
     Attributes:
         name: "<hook point>/<pooling>".
         sample_index: The sample.
-        error: The worst row's relative error, norm(stored - true) / norm(true); infinite if anything is not finite.
+        error: The worst row's error, see `row_errors`; infinite if anything is not finite.
         cosine: The lowest cosine of a stored row and its true one.
         rounding: What rounding alone does: the relative difference of the truth in the compute dtype and in float32.
         tolerance: The largest error that is allowed.
         worst_row: The row with this error: for "tokens" the position in the sample, else 0.
         n_rows: How many rows were compared, and n_beyond: how many of them are further off than allowed.
-        is_near_tie: Whether a larger error was traced to rounding: see `exactivations.lit_modules.origin`.
+        is_near_tie: Whether a larger error was traced to a router that chose other experts (`exactivations.lit_modules.routing`).
     """
 
     name: str
@@ -81,12 +83,15 @@ class GroundTruth:
         self._anatomy = dissect(model)
 
     @torch.no_grad()
-    def states(self, input_ids: Tensor, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def states(
+        self, input_ids: Tensor, dtype: torch.dtype | None = None, hook_points: list[str] | None = None
+    ) -> dict[str, Tensor]:
         """Returns the state [L, D] at each hook point for one sample's ids [L], on the host in the compute dtype.
 
         Args:
             input_ids: int64 [L].
-            dtype: Compute in this dtype; None is the model's own. Float32 is exact where the weights are of a lower precision.
+            dtype: Compute in this dtype; None is the model's own. A higher one than the weights' is exact.
+            hook_points: Only these; None is all.
 
         Raises:
             InvalidInputError: If the forward pass does not reach a hook point.
@@ -96,60 +101,72 @@ class GroundTruth:
         def keep(name: str, state: Any) -> None:
             state = _first(state)
             if isinstance(state, Tensor) and state.ndim == 3:
-                found[name] = state[0].detach().clone()
+                found[name] = state[0].detach().to("cpu", copy=True)  # on the device all of them together could be too many
 
+        points = [point for point in self._hook_points if hook_points is None or point.name in hook_points]
         with ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             stack.enter_context(computing_in(self.model, dtype or self.model.dtype))
-            ends = self._watch_the_end(stack)
-            for point in self._hook_points:
-                self._watch(point, keep, ends, stack)
+            for point in points:
+                self._watch(point, keep, stack)
             out = self.model(input_ids=input_ids[None].to(self.model.device), **self._arguments)
-        for name in [point.name for point in self._hook_points if point.name in ends and point.name not in found]:
-            # What the model hands out; if it was projected to another width before that (OPT-350m), what was put out itself.
-            keep(name, out[0] if ends[name].shape == out[0].shape else ends[name])
-        missing = [point.name for point in self._hook_points if point.name not in found]
+        for point in points:
+            # What the model hands out is its final norm's output, unless it is projected to another width after that.
+            if point.name == "final_norm" and out[0][0].shape == found[point.name].shape:
+                keep(point.name, out[0])
+        missing = [point.name for point in points if point.name not in found]
         if missing:
             raise InvalidInputError(f"computing one sample alone did not reach {', '.join(missing)}")
-        return {name: state.cpu() for name, state in found.items()}
-
-    def _watch_the_end(self, stack: ExitStack) -> dict[str, Tensor]:
-        """Notes what the last block and the final norm put out, by hook point; what follows may change it once more."""
-        found: dict[str, Tensor] = {}
-        modules = {"final_norm": self._anatomy.final_norm}
-        if self._anatomy.blocks is not None:
-            modules[f"resid_post.{self._anatomy.n_blocks - 1}"] = f"{self._anatomy.blocks}.{self._anatomy.n_blocks - 1}"
-        for name, path in modules.items():
-            if path is not None:
-                handle = self.model.get_submodule(path).register_forward_hook(
-                    lambda _, __, output, name=name: found.update({name: _first(output)})
-                )
-                stack.callback(handle.remove)
         return found
 
-    def _watch(self, point: HookPoint, keep: Callable[[str, Any], None], ends: dict[str, Tensor], stack: ExitStack) -> None:
-        """Watches where a hook point's state arrives, unless that is the end of the model."""
+    def _watch(self, point: HookPoint, keep: Callable[[str, Any], None], stack: ExitStack) -> None:
+        """Watches where a hook point's state arrives."""
         kind, _, layer = point.name.partition(".")
-        is_last = kind == "resid_post" and int(layer) == self._anatomy.n_blocks - 1
-        next_one = self._after_block(int(layer)) if kind == "resid_post" else point.path
-        if kind == "final_norm" or next_one is None:
-            return
-        module = self.model.get_submodule(next_one)
-        if point.reads_input or kind == "resid_post":
-            handle = module.register_forward_pre_hook(
-                # Not what a norm gets that was taken for the final one and runs before the blocks (BART's decoder).
-                lambda _, args, kwargs: None if is_last and point.name not in ends else keep(point.name, _input(args, kwargs)),
-                with_kwargs=True,
+        receiver = self._receivers.get(int(layer)) if kind == "resid_post" else None
+        path = f"{self._anatomy.blocks}.{layer}" if kind == "resid_post" else point.path
+        if receiver is not None or point.reads_input:
+            handle = self.model.get_submodule(receiver or point.path).register_forward_pre_hook(
+                lambda _, args, kwargs: keep(point.name, _input(args, kwargs)), with_kwargs=True
             )
         else:
-            handle = module.register_forward_hook(lambda _, __, output: keep(point.name, output))
+            handle = self.model.get_submodule(path).register_forward_hook(lambda _, __, output: keep(point.name, output))
         stack.callback(handle.remove)
 
-    def _after_block(self, layer: int) -> str | None:
-        """Returns the module that receives a block's output: the next block, or the final norm; None if nothing follows it."""
-        if layer + 1 < self._anatomy.n_blocks:
-            return f"{self._anatomy.blocks}.{layer + 1}"
-        return self._anatomy.final_norm
+    @cached_property
+    @torch.no_grad()
+    def _receivers(self) -> dict[int, str]:
+        """Returns, for each block, the module that receives just what it puts out: the next block, or the final norm.
+
+        Some models change the state in between, or norm it in a module that is not found: these blocks are not in it, and their
+        own output is what counts. Looked at once, over four tokens.
+        """
+        blocks, n = self._anatomy.blocks, self._anatomy.n_blocks
+        if blocks is None:
+            return {}
+        after = {i: f"{blocks}.{i + 1}" for i in range(n - 1)}
+        if self._anatomy.final_norm is not None:
+            after[n - 1] = self._anatomy.final_norm
+        put_out: dict[int, Any] = {}
+        same: dict[int, bool] = {}
+
+        def note(block: int, received: Any) -> None:
+            state = put_out.get(block)
+            same[block] = isinstance(received, Tensor) and isinstance(state, Tensor) and torch.equal(state, received)
+
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            for i in range(n):
+                handle = self.model.get_submodule(f"{blocks}.{i}").register_forward_hook(
+                    lambda _, __, output, i=i: put_out.update({i: _first(output)})
+                )
+                stack.callback(handle.remove)
+            for i, path in after.items():
+                handle = self.model.get_submodule(path).register_forward_pre_hook(
+                    lambda _, args, kwargs, i=i: note(i, _input(args, kwargs)), with_kwargs=True
+                )
+                stack.callback(handle.remove)
+            self.model(input_ids=torch.arange(4, device=self.model.device)[None], **self._arguments)
+        return {i: path for i, path in after.items() if same.get(i, False)}
 
 
 def _first(output: Any) -> Any:
@@ -164,6 +181,8 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def computing_in(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
     """Lets a model compute in another dtype inside the `with` block; its weights are exactly the old ones after it.
 
+    A higher precision than the model's own is computed without TF32 or other short cuts.
+
     The blocks are converted one at a time, while they run, so that a model fits in float32 where it fits in half precision.
     Buffers that a model keeps in float32 (rotary frequencies) stay in float32. Flash attention knows no float32: there "sdpa"
     takes its place.
@@ -171,16 +190,24 @@ def computing_in(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
     if dtype == model.dtype:
         yield
         return
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise InvalidInputError(
+            f"{type(model).__name__} is quantised: it cannot be computed in {str(dtype).removeprefix('torch.')}, and so rounding "
+            "cannot be told from error. Verify nothing (--verify-samples 0), or take a model that is not quantised"
+        )
     blocks_path = dissect(model).blocks
     blocks = list(model.get_submodule(blocks_path).children()) if blocks_path else []
     in_blocks = {id(t) for block in blocks for t in block.parameters()}
     outside = [t for t in _weights(model) if id(t) not in in_blocks]
     held: Held = {}
     handles = []
+    short_cuts = torch.get_float32_matmul_precision()
     attention = getattr(model.config, "_attn_implementation", None)
     try:
-        if dtype == torch.float32 and "flash" in str(attention):
-            model.set_attn_implementation("sdpa")
+        if dtype in (torch.float32, torch.float64):
+            torch.set_float32_matmul_precision("highest")
+            if "flash" in str(attention):
+                model.set_attn_implementation("sdpa")
         _convert(outside, dtype, held)
         for block in blocks:
             weights = _weights(block)
@@ -191,6 +218,7 @@ def computing_in(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
         for handle in handles:
             handle.remove()
         _restore([tensor for tensor, _ in held.values()], held)
+        torch.set_float32_matmul_precision(short_cuts)
         if attention is not None and getattr(model.config, "_attn_implementation", None) != attention:
             model.set_attn_implementation(attention)
 
@@ -270,11 +298,11 @@ def compare(
     """
     assert stored.shape == true.shape == coarse.shape == fine.shape, f"{name}: {stored.shape}, {true.shape}"
     stored = stored.double()
-    errors = relative_error(stored, true)
+    errors = row_errors(stored, true)
     cosine = nn.functional.cosine_similarity(stored, true, dim=1, eps=1e-300).min().item()
     # Each row's own rounding, since rows differ in it and a fault in a quiet one must not hide behind a loud one; but not less than
     # half of the sample's rows suffered, since one row can be lucky.
-    rounding = relative_error(coarse, fine)
+    rounding = row_errors(coarse, fine)
     rounding = rounding.maximum(rounding.median())
     allowed = torch.tensor([tolerance_for(dtypes, r) for r in rounding.tolist()], dtype=torch.float64)
     worst = int((errors / allowed).argmax())
@@ -282,6 +310,20 @@ def compare(
         name, sample_index, errors[worst].item(), cosine, rounding[worst].item(), allowed[worst].item(), worst,
         n_rows=len(errors), n_beyond=int((~(errors <= allowed)).sum()),
     )  # fmt: skip
+
+
+def row_errors(found: Float[Tensor, "n d"], true: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+    """Returns each row's relative error, and that of the row without its largest hundredth of dimensions if that is larger.
+
+    A few dimensions can hold nearly all of a row's norm. Whatever went wrong in the others would be nothing beside them.
+    """
+    errors = relative_error(found, true)
+    width = true.shape[1]
+    if width < WIDTH_WITH_OUTLIERS:
+        return errors
+    largest = true.abs().nan_to_num(nan=math.inf).topk(-(-width // 100), dim=1).indices
+    rest = torch.ones_like(true).scatter(1, largest, 0.0)
+    return errors.maximum(relative_error(found * rest, true * rest))
 
 
 def relative_error(found: Float[Tensor, "n d"], true: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:

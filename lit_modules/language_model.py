@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,7 +10,13 @@ from typing import Any, Literal
 import torch
 import xxhash
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+)
 
 from exactivations.datamodules.embedded import resolve_model
 from exactivations.store.errors import InvalidInputError
@@ -55,14 +61,16 @@ class LoadedWeights:
     whole: PreTrainedModel | None = None
 
 
-def load_model(name: str, options: ModelOptions, device_type: str, *, with_head: bool = False) -> LoadedWeights:
+def load_model(
+    name: str, options: ModelOptions, device_type: str, *, wants_head: Callable[[PreTrainedModel], bool] | None = None
+) -> LoadedWeights:
     """Loads a model onto the host, in evaluation mode.
 
     Args:
         name: Hub id, local path, or "demo".
         options: How.
         device_type: Where it will run.
-        with_head: Load a causal language model's head too.
+        wants_head: Says of the body, which has no weights yet, whether its causal language model's head is to be loaded too.
 
     Raises:
         InvalidInputError: If there is no such model, or it cannot be loaded as asked.
@@ -70,26 +78,34 @@ def load_model(name: str, options: ModelOptions, device_type: str, *, with_head:
     dtype: Any = DTYPES.get(options.dtype, torch.float32 if device_type == "cpu" else "auto")
     arguments: dict[str, Any] = {} if options.attn_implementation is None else {"attn_implementation": options.attn_implementation}
     where: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    with_head = wants_head is not None and _has_head_around_its_body(name, options, wants_head)
+    auto: Any = AutoModelForCausalLM if with_head else AutoModel
     try:
-        config = AutoConfig.from_pretrained(resolve_model(name), **where)
-        auto: Any = AutoModelForCausalLM if with_head and has_causal_head(config) else AutoModel
         model, loading = auto.from_pretrained(resolve_model(name), dtype=dtype, output_loading_info=True, **where, **arguments)
     except (OSError, ValueError, ImportError) as error:
         raise InvalidInputError(f"model {name!r} could not be loaded: {error}") from error
     model.train(False)
     assert isinstance(model, PreTrainedModel)
-    body = model.base_model
-    if not isinstance(body, PreTrainedModel) or body is model:
+    if not with_head:
         return LoadedWeights(model, frozenset(loading["missing_keys"]))
     prefix = f"{model.base_model_prefix}."
     of_body = {key.removeprefix(prefix) for key in loading["missing_keys"] if key.startswith(prefix)}
     head_is_there = all(key.startswith(prefix) for key in loading["missing_keys"])
+    body = model.base_model
+    assert isinstance(body, PreTrainedModel)
     return LoadedWeights(body, frozenset(of_body), model if head_is_there else None)
 
 
-def has_causal_head(config: PreTrainedConfig) -> bool:
-    """Whether a checkpoint was saved as a causal language model, with its head."""
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in config.architectures or ())
+def _has_head_around_its_body(name: str, options: ModelOptions, wants_head: Callable[[PreTrainedModel], bool]) -> bool:
+    """Whether the causal language model holds the very body that is extracted from, of the same class and with the same weights."""
+    body = load_skeleton(name, options)
+    saved_as_one = any(saved.endswith(("ForCausalLM", "LMHeadModel")) for saved in body.config.architectures or ())
+    if not saved_as_one or type(body.config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not wants_head(body):
+        return False
+    with torch.device("meta"):
+        whole: PreTrainedModel = AutoModelForCausalLM.from_config(body.config)  # type: ignore[no-untyped-call]
+    inside = whole.base_model
+    return type(inside) is type(body) and inside.state_dict().keys() == body.state_dict().keys()
 
 
 def load_skeleton(name: str, options: ModelOptions) -> PreTrainedModel:

@@ -70,7 +70,8 @@ class NextTokenCheck:
     def __init__(self, whole: PreTrainedModel, body: PreTrainedModel) -> None:
         assert whole.base_model is body
         self._whole, self._body, self._anatomy = whole, body, dissect(body)
-        self._whole.to(body.device)  # type: ignore[arg-type]  # transformers' own annotation lacks torch.device
+        if any(parameter.device != body.device for parameter in whole.parameters()) and not hasattr(whole, "hf_device_map"):
+            whole.to(body.device)  # type: ignore[arg-type]  # transformers' own annotation lacks torch.device
         self._answerer: nn.Module = body
         self._then = self._what_follows()
 

@@ -1,33 +1,41 @@
 """Samples of a store, read back as any user would, and held against the same samples computed alone from their texts."""
 
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from exactivations.datamodules.plan import Plan
 from exactivations.datamodules.text import TextDataModule
 from exactivations.datamodules.tokenization import EncodedSample
+from exactivations.lit_modules.batch_proof import BatchProof, higher_than, prove
 from exactivations.lit_modules.diagnosis import explain
 from exactivations.lit_modules.extraction import ActivationExtractor
 from exactivations.lit_modules.ground_truth import (
+    FLOAT32_TOLERANCE,
     TOLERANCE_IN_WORDS,
     Comparison,
     GroundTruth,
     compare,
     pool_by_definition,
 )
+from exactivations.lit_modules.language_model import evaluating
 from exactivations.lit_modules.next_tokens import NextTokenCheck, NextTokens, StoredStates
-from exactivations.lit_modules.origin import Origin, are_near_ties, origin_of
 from exactivations.lit_modules.pooling import TOKENS
+from exactivations.lit_modules.routing import chosen_experts, first_tipped_block, is_behind
 from exactivations.store.activation_store import ActivationStore, Sample
 from exactivations.store.errors import ExactivationsError
 from exactivations.store.verification import NameFigures, NextTokenFigures, Verification
 
 MOST_EXPLAINED = 16  # failures of one rank whose cause is looked for: that costs forward passes
 MOST_FAILURES = 100  # that are written down
+MOST_STATE_BYTES = 2**30  # of a sample's states at all hook points that are on the host together
 
 
 @dataclass(frozen=True)
@@ -48,45 +56,52 @@ class SampleCheck:
         extractor: What the store was made with, loaded; its model computes the truth.
         data: The texts that the store was made of.
         dtype: What the truth is computed in; None is the model's own dtype, that of the run.
+        same_machine: Whether the store was made with the kernels that are here: then they must give the same rows again.
     """
 
     def __init__(
-        self, store: ActivationStore, extractor: ActivationExtractor, data: TextDataModule, dtype: torch.dtype | None = None
+        self,
+        store: ActivationStore,
+        extractor: ActivationExtractor,
+        data: TextDataModule,
+        dtype: torch.dtype | None = None,
+        *,
+        same_machine: bool = True,
     ) -> None:
         self.store, self.data = store, data
         loaded = extractor.load(extractor.device)
         self._loaded, self._extractor = loaded, extractor
         self.truth = GroundTruth(loaded.model, loaded.hook_points, loaded.arguments)
         self.dtype = dtype or loaded.model.dtype
-        self._run_dtype = loaded.model.dtype
+        self._run_dtype, self._same_machine = loaded.model.dtype, same_machine
         self._next_tokens = None if loaded.whole is None else NextTokenCheck(loaded.whole, loaded.model)
         identity = store.folder.read_samples(["sample_index", "token_hash"])
         self._token_hash = identity.column("token_hash")
         self._row_of = identity.column("sample_index").to_numpy()
         self._explained = 0
 
+    def why_no_head(self) -> str | None:
+        """Says why the model's head cannot be put on what is stored, or None if it can."""
+        if self._next_tokens is not None and any(map(self._next_tokens.applies_to, self.store.names)):
+            return None
+        return self._loaded.no_head or "no stored state is what the model's head receives: the model changes it once more"
+
     def draw(self, shards: list[int], n: int, seed: int = 0, first: list[int] | None = None) -> list[int]:
         """Returns indices of up to n samples in these shards: always the same ones for the same arguments.
 
-        The `first` ones that are in these shards come first; then those where faults show soonest: the longest sample, the
-        shortest, the most padded one, one of the largest and one of the smallest batch; then a random choice.
+        The `first` ones that are in these shards come first. Up to half are those where faults show soonest (the seed says with
+        which to begin): the longest sample, the shortest, the last rows of the largest and of the smallest batch, the most padded
+        one. The others are a random choice, spread over the shards.
         """
         plan = self.data.plan
         positions = np.flatnonzero(np.isin(plan.shard_of_sample, shards))
         if not len(positions) or n < 1:
             return []
-        batch_of_sample = np.empty_like(plan.order)
-        batch_of_sample[plan.order] = np.repeat(np.arange(plan.n_batches), np.diff(plan.batch_start))
-        batch = batch_of_sample[positions]
-        lengths, sizes = plan.lengths[positions], np.diff(plan.batch_start)[batch]
-        padding = plan.batch_length[batch] - lengths
-        extremes = [lengths.argmax(), lengths.argmin(), sizes.argmax(), sizes.argmin()]
-        if padding.any():
-            extremes.insert(2, padding.argmax())
-        drawn = np.random.default_rng(seed).permutation(len(positions))[:n]
-        index = self.data.tokens.sample_index[positions]
-        again = np.intersect1d(index, first or [])
-        chosen = [*again.tolist(), *index[np.array([*extremes, *drawn])].tolist()]
+        dice = np.random.default_rng(seed)
+        index = self.data.tokens.sample_index
+        again = np.intersect1d(index[positions], first or []).tolist()
+        extremes = np.roll(_extremes(plan, positions), seed)[: -(-n // 2)]
+        chosen = [*again, *index[extremes].tolist(), *index[_spread(positions, plan.shard_of_sample[positions], dice)].tolist()]
         return list(dict.fromkeys(chosen))[: max(n, len(again))]
 
     def check(self, sample_index: int) -> SampleResult:
@@ -98,43 +113,86 @@ class SampleCheck:
         failures = self._identity_failures(encoded, stored)
         if failures:
             return SampleResult(sample_index, failures=failures)
-        states = self.truth.states(encoded.input_ids, self.dtype)
-        coarser = max(self.dtype, self._run_dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        in_coarser = states if self.dtype == coarser else self.truth.states(encoded.input_ids, coarser)
-        in_float32 = states if self.dtype == torch.float32 else self.truth.states(encoded.input_ids, torch.float32)
-        comparisons = []
-        for name, values in stored.activations.items():
-            hook_point, _, pooling = name.rpartition("/")
-            true, coarse, fine = (
-                pool_by_definition(of[hook_point], encoded.token_mask, pooling) for of in (states, in_coarser, in_float32)
-            )
-            rows = values if pooling == TOKENS else values[None]
-            compared = compare(name, sample_index, rows, true, coarse, fine, self._dtypes(values))
-            comparisons.append(compared)
+        comparisons, alone = self._compare(encoded, stored)
         wrong = [compared for compared in comparisons if not compared.agrees]
-        origin = self._origin(encoded, stored, wrong, in_float32) if wrong else None
-        if origin is Origin.IN_ROUNDING and are_near_ties(self._loaded.model, wrong):
-            comparisons = [replace(compared, is_near_tie=not compared.agrees) for compared in comparisons]
-        elif wrong:  # the first one in the order of the forward pass: what follows it is wrong because it is
-            failures.append(_failure(wrong, len(comparisons), origin) + self._look_alike(encoded, stored, wrong[0].name))
+        proof = self._prove(stored, wrong, alone)
+        if wrong and proof is not None and proof.holds:
+            tied = self._near_ties(encoded, sample_index, wrong)
+            comparisons = [replace(compared, is_near_tie=compared.name in tied) for compared in comparisons]
+            wrong = [compared for compared in wrong if compared.name not in tied]
+        if wrong:  # the first one in the order of the forward pass: what follows it is wrong because it is
+            failures.append(_failure(wrong, len(comparisons), proof) + self._look_alike(encoded, stored, wrong[0].name))
+        elif proof is not None and not proof.holds:
+            first = next(iter(proof.changed | proof.wrong))
+            failures.append(_slipped(sample_index, proof) + self._look_alike(encoded, stored, first))
         next_tokens = self._check_next_tokens(encoded, stored)
         tied = {compared.name for compared in comparisons if compared.is_near_tie}
         failures += [_next_token_failure(result) for result in next_tokens if not result.agrees and result.name not in tied]
         return SampleResult(sample_index, comparisons, next_tokens, failures)
 
-    def _origin(
-        self, encoded: EncodedSample, stored: Sample, wrong: list[Comparison], in_float32: dict[str, Tensor]
-    ) -> Origin | None:
-        """Finds where rows that disagree went wrong; None once enough were traced in a run that need not be excused."""
-        if self._run_dtype == torch.float32 and self._explained >= MOST_EXPLAINED:
+    def _compare(self, encoded: EncodedSample, stored: Sample) -> tuple[list[Comparison], dict[str, Tensor]]:
+        """Compares all activations; returns also the rows of the sample alone without rounding, as `prove` takes them."""
+        ids, coarser = encoded.input_ids, max(self.dtype, self._run_dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        comparisons, alone = [], {}
+        for names in self._in_parts(list(stored.activations), len(ids)):
+            points = list(dict.fromkeys(name.rpartition("/")[0] for name in names))
+            of = {self.dtype: self.truth.states(ids, self.dtype, points)}
+            for dtype in (coarser, torch.float32):
+                of[dtype] = of[dtype] if dtype in of else self.truth.states(ids, dtype, points)
+            for name in names:
+                hook_point, _, pooling = name.rpartition("/")
+                rows = {dtype: pool_by_definition(of[dtype][hook_point], encoded.token_mask, pooling) for dtype in of}
+                values = stored.activations[name]
+                found = values if pooling == TOKENS else values[None]
+                compared = compare(
+                    name, stored.sample_index, found, rows[self.dtype], rows[coarser], rows[torch.float32], self._dtypes(values)
+                )
+                comparisons.append(compared)
+                if self._run_dtype != torch.float32 or values.dtype != torch.float32:
+                    alone[name] = rows[torch.float32]
+        return comparisons, alone
+
+    def _in_parts(self, names: list[str], n_tokens: int) -> Iterator[list[str]]:
+        """Yields the names in parts whose states fit into memory together: each part takes forward passes of its own."""
+        width = max(self._loaded.widths.values())
+        points = list(dict.fromkeys(name.rpartition("/")[0] for name in names))
+        size = max(1, MOST_STATE_BYTES // (n_tokens * width * 8))
+        for first in range(0, len(points), size):
+            part = set(points[first : first + size])
+            yield [name for name in names if name.rpartition("/")[0] in part]
+
+    def _prove(self, stored: Sample, wrong: list[Comparison], alone: dict[str, Tensor]) -> BatchProof | None:
+        """Computes the planned batch again: always where rounding could hide a fault, else to find where one lies.
+
+        In float32 the sample alone is the proof itself, unless it fails.
+        """
+        if alone:
+            names = list(alone)
+        elif wrong and self._explained < MOST_EXPLAINED:
+            names = [compared.name for compared in wrong]
+            encoded = self.data.encode_alone(stored.sample_index)
+            for part in self._in_parts(names, len(encoded.input_ids)):
+                points = list(dict.fromkeys(name.rpartition("/")[0] for name in part))
+                states = self.truth.states(encoded.input_ids, higher_than(self._run_dtype), points)
+                for name in part:
+                    hook_point, _, pooling = name.rpartition("/")
+                    alone[name] = pool_by_definition(states[hook_point], encoded.token_mask, pooling)
+        else:
             return None
-        rows, true = {}, {}
-        for name in (compared.name for compared in wrong):
-            hook_point, _, pooling = name.rpartition("/")
-            values = stored.activations[name]
-            rows[name] = values if pooling == TOKENS else values[None]
-            true[name] = pool_by_definition(in_float32[hook_point], encoded.token_mask, pooling)
-        return origin_of(self._extractor, self.data, stored.sample_index, rows, true)
+        rows = {name: values if values.ndim == 2 else values[None] for name, values in stored.activations.items() if name in names}
+        return prove(self._extractor, self.data, stored.sample_index, rows, alone, same_machine=self._same_machine)
+
+    @torch.no_grad()
+    def _near_ties(self, encoded: EncodedSample, sample_index: int, wrong: list[Comparison]) -> set[str]:
+        """Returns which activations lie behind a router that chose other experts for the sample in its batch than alone."""
+        model, arguments = self._loaded.model, self._loaded.arguments
+        ids, batch = encoded.input_ids, self.data.batch_with(sample_index)
+        row, width = int((batch.sample_index == sample_index).nonzero()[0]), batch.input_ids.shape[1]
+        with evaluating(model):
+            alone = chosen_experts(model, lambda: model(input_ids=ids[None].to(model.device), **arguments))
+        together = chosen_experts(model, lambda: self._extractor(batch))
+        tipped = first_tipped_block(alone, {path: chosen[row * width :][: len(ids)] for path, chosen in together.items()})
+        return set() if tipped is None else {c.name for c in wrong if is_behind(c.name.rpartition("/")[0], tipped)}
 
     def _dtypes(self, values: Tensor) -> list[torch.dtype]:
         return [self.dtype, self._run_dtype, values.dtype]
@@ -188,14 +246,51 @@ class SampleCheck:
         return self._next_tokens.check(stored.sample_index, encoded.input_ids, states, dtypes)
 
 
-def _failure(wrong: list[Comparison], n: int, origin: Origin | None) -> str:
+def _extremes(plan: Plan, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Returns the samples, of these, in which faults show soonest."""
+    batch_of_sample = np.empty_like(plan.order)
+    batch_of_sample[plan.order] = np.repeat(np.arange(plan.n_batches), np.diff(plan.batch_start))
+    batch = batch_of_sample[positions]
+    lengths, sizes = plan.lengths[positions], np.diff(plan.batch_start)
+    padding = plan.batch_length[batch] - lengths
+    last_rows = [int(plan.batch(number)[-1]) for number in (batch[sizes[batch].argmax()], batch[sizes[batch].argmin()])]
+    extremes = [int(positions[lengths.argmax()]), int(positions[lengths.argmin()]), *last_rows]
+    return np.array(extremes + ([int(positions[padding.argmax()])] if padding.any() else []))
+
+
+def _spread(positions: npt.NDArray[np.int64], shards: npt.NDArray[Any], dice: np.random.Generator) -> npt.NDArray[np.int64]:
+    """Returns the positions in a random order in which every shard comes before any comes twice."""
+    order = dice.permutation(len(positions))
+    by_shard = order[np.argsort(shards[order], kind="stable")]
+    starts = np.searchsorted(shards[by_shard], shards[by_shard], side="left")
+    turn = np.arange(len(by_shard)) - starts  # how many of its shard came before
+    chosen: npt.NDArray[np.int64] = positions[by_shard[np.lexsort((dice.permutation(len(by_shard)), turn))]]
+    return chosen
+
+
+def _failure(wrong: list[Comparison], n: int, proof: BatchProof | None) -> str:
     first = wrong[0]
     where = f" at token {first.worst_row}" if first.name.endswith(f"/{TOKENS}") else ""
     others = f"; so are {len(wrong) - 1} more of its {n} activations" if len(wrong) > 1 else ""
+    cause = proof.in_words() if proof is not None else ""
+    if proof is not None and proof.holds:
+        cause = "its batch is right in a higher precision: a kernel of this dtype or attention implementation is at fault"
     return (
         f"sample {first.sample_index}: {first.name} is not what the sample gives alone: relative error {first.error:.2g}{where}, "
         f"allowed is {first.tolerance:.2g} (rounding does {first.rounding:.1g}), cosine {first.cosine:.4f}{others}"
-        + (f"; {origin}" if origin else "")
+        + (f"; {cause}" if cause else "")
+    )
+
+
+def _slipped(sample_index: int, proof: BatchProof) -> str:
+    """Says what is wrong with rows that are within rounding of the truth."""
+    found = proof.changed or proof.wrong
+    name = next(iter(found))
+    allowed = "no error is" if proof.changed else f"{FLOAT32_TOLERANCE:g} is"
+    others = f"; so are {len(found) - 1} more" if len(found) > 1 else ""
+    return (
+        f"sample {sample_index}: {name} is not what the sample gives alone, though rounding would hide it: relative error "
+        f"{found[name]:.2g}, {allowed} allowed{others}; {proof.in_words()}"
     )
 
 
@@ -207,40 +302,53 @@ def _next_token_failure(result: NextTokens) -> str:
     )
 
 
-def summarize(
-    results: list[SampleResult], *, names: list[str], fingerprint: str, dtype: torch.dtype, seconds: float,
-    share: float | None = None, next_tokens_note: str | None = None, checked: list[str] | None = None,
-    other_failures: list[str] | None = None,
-) -> Verification:  # fmt: skip
+@dataclass(frozen=True)
+class CheckedRun:
+    """What a verdict says of the run besides its samples: see `exactivations.store.verification.Verification`."""
+
+    names: list[str]
+    fingerprint: str
+    contents: str
+    dtype: torch.dtype
+    seconds: float
+    share: float | None = None
+    next_tokens_note: str | None = None
+    checked: list[str] = field(default_factory=list)
+    damaged: dict[int, str] = field(default_factory=dict)
+
+
+def summarize(results: list[SampleResult], run: CheckedRun) -> Verification:
     """Returns the verdict over all samples that were checked, on all ranks."""
     results = sorted(results, key=lambda result: result.sample_index)
-    failures = [failure for result in results for failure in result.failures] + (other_failures or [])
+    failures = [failure for result in results for failure in result.failures] + list(run.damaged.values())
     compared = [comparison for result in results for comparison in result.comparisons]
     tied = [comparison for comparison in compared if comparison.is_near_tie]
-    heads = sorted({checked.name for result in results for checked in result.next_tokens})
+    heads = sorted({head.name for result in results for head in result.next_tokens})
     return Verification(
         passed=not failures and bool(results),
-        fingerprint=fingerprint,
+        fingerprint=run.fingerprint,
+        contents=run.contents,
         samples=[result.sample_index for result in results],
-        figures=[figures for figures in (_figures(name, results) for name in names) if figures is not None],
-        dtype=str(dtype).removeprefix("torch."),
+        figures=[figures for figures in (_figures(name, results) for name in run.names) if figures is not None],
+        dtype=str(run.dtype).removeprefix("torch."),
         tolerance=TOLERANCE_IN_WORDS,
-        seconds=round(seconds, 3),
+        seconds=round(run.seconds, 3),
         when=datetime.now(UTC).isoformat(timespec="seconds"),
+        damaged_shards=sorted(run.damaged),
         failed_samples=[result.sample_index for result in results if result.failures],
         failures=failures[:MOST_FAILURES] if results else [*failures, "no sample was checked"],
         n_failures=len(failures),
         next_tokens=[_next_token_figures(name, results) for name in heads],
-        next_tokens_note=None if heads else next_tokens_note,
-        checked=(checked or []) + ([_near_ties_in_words(tied)] if tied else []),
-        share=share,
+        next_tokens_note=None if heads else run.next_tokens_note,
+        checked=run.checked + ([_near_ties_in_words(tied)] if tied else []),
+        share=run.share,
     )
 
 
 def _near_ties_in_words(tied: list[Comparison]) -> str:
     return (
-        f"near ties: {sum(c.n_beyond for c in tied)} rows of {len({c.sample_index for c in tied})} samples are further off than "
-        "their own rounding; their batches, computed again, give the same rows, and in float32 what the samples give alone"
+        f"near ties: in {len({c.sample_index for c in tied})} samples routers choose other experts than for the sample alone, and "
+        f"{sum(c.n_beyond for c in tied)} rows are further off than their own rounding; their batches are right in float32"
     )
 
 

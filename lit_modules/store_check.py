@@ -1,18 +1,17 @@
 """Verifying a finished store, any time after its run: files, identity, and samples computed again alone."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.extraction import ActivationExtractor
-from exactivations.lit_modules.hook_points import dissect
-from exactivations.lit_modules.next_tokens import NextTokenCheck, before_the_head
-from exactivations.lit_modules.sample_check import SampleCheck, summarize
+from exactivations.lit_modules.sample_check import CheckedRun, SampleCheck, summarize
 from exactivations.store.activation_store import ActivationStore
-from exactivations.store.errors import CorruptShardError, IdentityError, InvalidInputError
-from exactivations.store.run_folder import ENVIRONMENT_FIELDS
+from exactivations.store.errors import CorruptShardError, IdentityError, InvalidInputError, StoreError
+from exactivations.store.run_folder import ENVIRONMENT_FIELDS, contents_of
 from exactivations.store.shard import verify_shard
 from exactivations.store.verification import Verification, read_verification, write_verification
 
@@ -31,7 +30,8 @@ def verify_store(
 
     Looked at: that every shard is there; every byte's checksum; that model, tokenizer, options and every sample's token hash,
     length and kept columns are those of the run; and, for the samples drawn, every activation against the sample computed alone.
-    Samples that failed before are drawn again.
+    Samples that failed before are drawn again. A pass is not recorded over one with more samples, nor if the truth is in a coarser
+    dtype than the run's, which cannot prove it; a failure always is.
 
     Args:
         path: The run folder.
@@ -50,51 +50,62 @@ def verify_store(
         IdentityError: If model or data are not those of the run; the store is then not judged.
         InvalidInputError: If no sample is to be drawn.
     """
+    if seed < 0:
+        raise InvalidInputError(f"seed must be at least 0, got {seed}")
     if n_samples < 1:
         raise InvalidInputError(f"n_samples must be at least 1, got {n_samples}")
     started = time.monotonic()
     store = ActivationStore(path, allow_unverified=True)
-    before = read_verification(store.folder, store.info)
+    try:
+        before = read_verification(store.folder, store.info)
+    except StoreError:  # it is about to be replaced
+        before = None
     extractor.load(device)
     data.setup()
     notes = _refuse_another_run(store, extractor, data)
-    damaged = _damaged_shards(store)
-    check = SampleCheck(store, extractor, data, dtype)
+    damaged = damaged_shards(store, sorted(store.published))
+    check = SampleCheck(store, extractor, data, dtype, same_machine=not notes)
     whole_shards = [shard for shard in sorted(store.published) if shard not in damaged]
     drawn = check.draw(whole_shards, n_samples, seed, first=before.failed_samples if before else None)
     results = [check.check(index) for index in drawn]
+    checked = [
+        f"all {store.info.n_shards} shards are there",
+        f"checksums of {len(whole_shards)} shards agree",
+        f"token hashes, lengths and columns of all {len(store)} samples are those of the dataset",
+        "model, tokenizer and options are those of the run",
+        *notes,
+    ]
+    contents = contents_of(store.folder.checksums(store.info), store.folder.samples_footer())
     verification = summarize(
-        results, names=store.names, fingerprint=store.info.fingerprint, dtype=check.dtype, other_failures=list(damaged.values()),
-        seconds=time.monotonic() - started, next_tokens_note=why_no_head(extractor), checked=[
-            f"all {store.info.n_shards} shards are there",
-            f"checksums of {len(whole_shards)} shards agree",
-            f"token hashes, lengths and columns of all {len(store)} samples are those of the dataset",
-            "model, tokenizer and options are those of the run",
-            *notes,
-        ],
+        results,
+        CheckedRun(
+            store.names, store.info.fingerprint, contents, check.dtype, time.monotonic() - started,
+            next_tokens_note=check.why_no_head(), checked=checked, damaged=damaged,
+        ),
     )  # fmt: skip
+    if verification.passed:
+        why_not = _why_not_recorded(
+            verification, before, torch.finfo(check.dtype).eps > torch.finfo(extractor.load(device).model.dtype).eps
+        )
+        if why_not:
+            return replace(verification, checked=[*verification.checked, f"not recorded: {why_not}"])
     write_verification(store.folder, verification)
     return verification
 
 
-def why_no_head(extractor: ActivationExtractor) -> str | None:
-    """Says why the model's head cannot be put on what is stored, or None if it can."""
-    loaded = extractor.load(extractor.device)
-    if loaded.whole is not None:
-        check = NextTokenCheck(loaded.whole, loaded.model)
-        heads = any(check.applies_to(name) for name in extractor.specs())
-        return None if heads else "no state that is stored is what the model's head receives: the model changes it once more"
-    points = before_the_head(dissect(loaded.model))
-    if points.isdisjoint(point.name for point in loaded.hook_points):
-        return f"no state before the head is stored ({' or '.join(sorted(points)) or 'final_norm'})"
-    if {"tokens", "last", "first"}.isdisjoint(extractor.poolings):
-        return "no single token's state is stored (pooling tokens, last or first)"
-    return "the model is no causal language model, or its head is not in the checkpoint"
+def _why_not_recorded(passed: Verification, before: Verification | None, is_coarser: bool) -> str | None:
+    """Says why a store's earlier verdict stays although it passed now, or None."""
+    if is_coarser:  # faults that are smaller than its rounding pass: such a truth can condemn, and not acquit
+        return "a truth in a coarser dtype than the run's does not prove it"
+    if before is not None and before.passed and before.contents == passed.contents and len(before.samples) > len(passed.samples):
+        return f"it passed with more samples ({len(before.samples)}) before"
+    return None
 
 
-def _damaged_shards(store: ActivationStore) -> dict[int, str]:
+def damaged_shards(store: ActivationStore, shards: list[int]) -> dict[int, str]:
+    """Reads shards whole, and returns those that are not what their checksums say, with the message."""
     damaged = {}
-    for shard in sorted(store.published):
+    for shard in shards:
         try:
             verify_shard(store.folder.shard_path(shard))
         except CorruptShardError as error:

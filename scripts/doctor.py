@@ -1,5 +1,6 @@
 """`exactivations doctor`: what is safe on this very model, dtype and attention implementation, tried before a long run."""
 
+import math
 import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -160,7 +161,9 @@ def print_facts(model: "PreTrainedModel", pad: PadToken) -> None:
 
     anatomy = dissect(model)
     influence, where = influence_of_later_tokens(model, resolve_hook_points(model, anatomy.names()))
-    if influence <= FLOAT32_TOLERANCE:
+    if not math.isfinite(influence):
+        print(f"  causal: cannot be told, states are not finite at {where}")
+    elif influence <= FLOAT32_TOLERANCE:
         print(f"  causal: yes, changing later tokens changes no earlier state (relative difference {influence:.1g})")
     else:
         print(f"  causal: no, changing later tokens changes earlier states (at {where} by {influence:.2g} of their norm)")

@@ -121,6 +121,8 @@ def extract(
     from exactivations.lit_modules.language_model import ModelOptions, load_skeleton
     from exactivations.store.errors import InvalidInputError
 
+    if verify_samples < 0:
+        raise InvalidInputError(f"--verify-samples must be at least 0 (which verifies nothing), got {verify_samples}")
     options = ModelOptions(revision, dtype, attn_implementation, trust_remote_code)
     skeleton = load_skeleton(model, options)
     anatomy = dissect(skeleton)

@@ -44,6 +44,13 @@ def main(args: list[str] | None = None) -> None:
     arguments.pop("config", None)
     try:
         COMMANDS[parsed.subcommand](**arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has enough of it; Python would complain once more on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        print("exactivations: interrupted; what was published stays, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         from exactivations.store.errors import ExactivationsError
 

@@ -40,10 +40,11 @@ def show(run: str, *, checksums: bool = False) -> None:
             f"  NOT VERIFIED: readers refuse it until you run: exactivations verify {run}" if not missing else "  not verified yet"
         )
     elif not verification.passed:
-        print(f"  FAILED its verification of {verification.when}: {verification.failures[0]}")
+        print(f"  FAILED its verification of {verification.when}: {(verification.failures or ['nothing was checked'])[0]}")
         print(f"  and {verification.n_failures - 1:,} more; readers refuse it")
     else:
-        print(f"  verified  {verification.when}: {len(verification.samples)} samples, computed again alone, agree")
+        what = f"{len(verification.samples)} samples, computed again alone in {verification.dtype}"
+        print(f"  verified  {verification.when}: {what}, agree")
     print(how_to_read(run, store.names[0], incomplete=bool(missing)))
 
 

@@ -17,12 +17,12 @@ def verification_table(verification: "Verification", *, everything: bool = False
     """
     n, share = len(verification.samples), "" if verification.share is None else f", {verification.share:.1%} of the run"
     what = f"{n} samples, computed again alone in {verification.dtype}"
-    verdict = (
-        f"verified: {what}, agree"
-        if verification.passed
-        else f"NOT VERIFIED: of {what}, {len(verification.failed_samples)} disagree"
-    )
-    lines = [f"{verdict} with the store ({verification.seconds:.1f} s{share})"]
+    verdict = f"verified: {what}, agree with the store"
+    if not verification.passed:
+        n_wrong, n_damaged = len(verification.failed_samples), len(verification.damaged_shards)
+        damaged = f", and {n_damaged} shards are damaged" if n_damaged else ""
+        verdict = f"FAILED: of {what}, {n_wrong} disagree with the store{damaged}"
+    lines = [f"{verdict} ({verification.seconds:.1f} s{share})"]
     rows = sorted(verification.figures, key=_nearness, reverse=True)
     shown = rows if everything else rows[:MOST_ROWS]
     width = max([15, *(len(row.name) for row in shown)])
@@ -30,7 +30,7 @@ def verification_table(verification: "Verification", *, everything: bool = False
     for row in shown:
         figures = [_figure(value) for value in (row.worst_error, row.median_error)]
         cosine = "inf/NaN" if row.worst_cosine is None else f"{row.worst_cosine:.6f}"
-        rounding = _figure(row.rounding)
+        rounding = "-" if verification.dtype == "float32" and not row.rounding else _figure(row.rounding)
         lines.append(
             f"  {row.name:<{width}}  {figures[0]:>11}  {figures[1]:>12}  {cosine:>12}  {rounding:>8}  {row.tolerance:>7.1e}"
         )
@@ -54,4 +54,4 @@ def _nearness(row: "NameFigures") -> float:
 
 
 def _figure(value: float | None) -> str:
-    return "inf/NaN" if value is None else f"{value:.1e}"
+    return "inf/NaN" if value is None else f"{value:.1e}" if value else "0"

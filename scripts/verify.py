@@ -38,11 +38,14 @@ def verify(
     from exactivations.lit_modules.run_description import Elsewhere, data_of, extractor_of
     from exactivations.lit_modules.store_check import verify_store
     from exactivations.scripts.verification_table import verification_table
+    from exactivations.store.errors import InvalidInputError
     from exactivations.store.run_folder import RunFolder
     from exactivations.store.verification import refuse_failed
 
     folder = RunFolder(run)
     info, elsewhere = folder.read_info(), Elsewhere(model, tokenizer, dataset, config_name, split)
+    if device != "auto" and not _is_there(device):
+        raise InvalidInputError(f"--device {device} is not here: use cpu, cuda or cuda:<number>")
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     verification = verify_store(
         run, extractor_of(info, elsewhere), data_of(info, elsewhere), n_samples=samples, seed=seed,
@@ -51,3 +54,11 @@ def verify(
     print(f"{run}: {'VERIFIED' if verification.passed else 'FAILED'}")
     print(verification_table(verification, everything=True))
     refuse_failed(folder, verification)
+
+
+def _is_there(device: str) -> bool:
+    import torch
+
+    kind, _, number = device.partition(":")
+    n = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, 0)
+    return n > 0 and (not number or (number.isdecimal() and int(number) < n))

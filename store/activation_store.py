@@ -77,7 +77,8 @@ class ActivationStore:
     ) -> None:
         self.folder = RunFolder(path)
         self.info = self.folder.read_info()
-        self.published = self.folder.published(self.info)
+        checksums = self.folder.checksums(self.info)
+        self.published = set(checksums)
         missing = self.info.n_shards - len(self.published)
         if missing and not allow_incomplete:
             raise IncompleteStoreError(
@@ -85,7 +86,7 @@ class ActivationStore:
                 "again to finish it, or open it with allow_incomplete=True"
             )
         if not allow_unverified:
-            refuse_unverified(self.folder, self.info, complete=not missing)
+            refuse_unverified(self.folder, self.info, checksums)
         if verify_checksums:
             for shard in sorted(self.published):
                 verify_shard(self.folder.shard_path(shard))

@@ -5,6 +5,7 @@ that several nodes wrote are merged by copying them into one.
 """
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
@@ -18,7 +19,7 @@ import xxhash
 from exactivations.store.errors import CorruptShardError, IdentityError, InvalidInputError, StoreError
 from exactivations.store.shard import flush_to_disk, open_shard, write_text_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RUN_FILE, SAMPLES_FILE, SHARD_FOLDER, VERIFICATION_FILE = "run.json", "samples.parquet", "shards", "verification.json"
 SAMPLES_BLOCK = 8192  # rows of one row group of samples.parquet: so many are in memory at a time
 OWN_COLUMNS = ("sample_index", "n_tokens", "token_hash", "truncated", "shard", "row")
@@ -68,6 +69,11 @@ class RunInfo:
         for change in self.changes:
             present |= {name: now for name, (_, now) in change["fields"].items()}
         return present
+
+
+def contents_of(checksums: dict[int, str], footer: str) -> str:
+    """Returns one hash of the bytes of all shards, from the checksums in their headers, and of samples.parquet, from its footer."""
+    return xxhash.xxh3_128(json.dumps([sorted(checksums.items()), footer]).encode()).hexdigest()
 
 
 def fingerprint_of(identity: dict[str, Any]) -> str:
@@ -126,7 +132,26 @@ class RunFolder:
         try:
             return pq.read_table(self.path / SAMPLES_FILE, columns=columns, memory_map=True, page_checksum_verification=True)
         except (OSError, pa.ArrowException) as error:
-            raise StoreError(f"{self.path / SAMPLES_FILE} cannot be read: {error}") from error
+            raise StoreError(f"{self.path / SAMPLES_FILE} cannot be read ({type(error).__name__}: {error})") from error
+
+    def samples_footer(self) -> str:
+        """Returns a hash of samples.parquet's footer: sizes, places and statistics of all columns, which no rewriting leaves alone.
+
+        Raises:
+            StoreError: If the file is not there, or no Parquet file.
+        """
+        path = self.path / SAMPLES_FILE
+        try:
+            with path.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - 8))
+                length = int.from_bytes(file.read(4), "little")
+                if file.read(4) != b"PAR1" or length + 8 > size:
+                    raise StoreError(f"{path} is no whole Parquet file: copy it from another copy of this store")
+                file.seek(size - 8 - length)
+                return xxhash.xxh3_128(file.read(length)).hexdigest()
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error.strerror}. Copy it from another copy of this store") from error
 
     def prepare(self, info: RunInfo, samples: Iterable[pa.Table], *, overwrite: bool, allow_changed: frozenset[str]) -> None:
         """Starts a new run here, or goes on with the one that is here if it is the same.
@@ -158,25 +183,34 @@ class RunFolder:
             raise StoreError(f"cannot write to the run folder {self.path}: {error}") from error
 
     def published(self, info: RunInfo) -> set[int]:
-        """Returns the shards that are there. Each one's header, size and fingerprint are checked, its content is not.
+        """Returns the shards that are there; see `checksums`."""
+        return set(self.checksums(info))
+
+    def checksums(self, info: RunInfo) -> dict[int, str]:
+        """Returns the shards that are there, ascending, with the checksum that each one's header tells.
+
+        Each one's header, size and fingerprint are checked, its content is not.
 
         Raises:
             CorruptShardError: If a file is truncated or not a shard.
             IdentityError: If a shard was made by another run.
         """
-        found = set()
+        found = {}
         for path in sorted(self.shard_folder.glob("*.safetensors")):
             if not self._is_shard_path(path) or int(path.stem) >= info.n_shards:
                 raise IdentityError(
                     f"{path} does not belong to this run, which has shards {self.shard_path(0).name} to "
                     f"{self.shard_path(info.n_shards - 1).name}: remove it"
                 )
-            self.open_shard(int(path.stem), info)
-            found.add(int(path.stem))
-        return found
+            _, metadata = self._open(int(path.stem), info)
+            found[int(path.stem)] = str(metadata.get("checksum"))
+        return dict(sorted(found.items()))
 
     def open_shard(self, shard: int, info: RunInfo) -> dict[str, Any]:
         """Maps a shard's tensors from its file, and refuses a shard that another run made."""
+        return self._open(shard, info)[0]
+
+    def _open(self, shard: int, info: RunInfo) -> tuple[dict[str, Any], dict[str, Any]]:
         path = self.shard_path(shard)
         tensors, metadata = open_shard(path)
         if metadata.get("fingerprint") not in info.fingerprints:
@@ -186,7 +220,7 @@ class RunFolder:
             )
         if metadata.get("shard") != shard:
             raise CorruptShardError(f"{path} holds shard {metadata.get('shard')}, not {shard}: it was renamed; name it back")
-        return tensors
+        return tensors, metadata
 
     def _is_shard_path(self, path: Path) -> bool:
         return path.stem.isdecimal() and path == self.shard_path(int(path.stem))

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from exactivations.store.errors import StoreError, VerificationError
-from exactivations.store.run_folder import VERIFICATION_FILE, RunFolder, RunInfo
+from exactivations.store.run_folder import SAMPLES_FILE, VERIFICATION_FILE, RunFolder, RunInfo, contents_of
 from exactivations.store.shard import write_text_atomically
 
 
@@ -61,8 +61,10 @@ class Verification:
 
     Attributes:
         passed: Whether everything agreed.
-        fingerprint: Of the run that was verified.
+        fingerprint: Of the run that was verified, and contents: of its files' bytes then (see `contents_of`). For other
+            bytes the verdict does not hold.
         samples: Indices of the samples drawn.
+        damaged_shards: Shards that were not what their checksums say.
         failed_samples: Those of them that did not agree.
         failures: What did not agree, in words; the first ones.
         n_failures: How many there were.
@@ -79,12 +81,14 @@ class Verification:
 
     passed: bool
     fingerprint: str
+    contents: str
     samples: list[int]
     figures: list[NameFigures]
     dtype: str
     tolerance: str
     seconds: float
     when: str
+    damaged_shards: list[int] = field(default_factory=list)
     failed_samples: list[int] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     n_failures: int = 0
@@ -141,20 +145,30 @@ def withdraw_passed(folder: RunFolder, info: RunInfo) -> None:
         (folder.path / VERIFICATION_FILE).unlink()
 
 
-def refuse_unverified(folder: RunFolder, info: RunInfo, *, complete: bool) -> None:
-    """Refuses a store whose verification failed, and a complete one that was never verified.
+def refuse_unverified(folder: RunFolder, info: RunInfo, checksums: dict[int, str]) -> None:
+    """Refuses a store whose verification failed, and a complete one that was not verified with the shards that are there.
+
+    Args:
+        folder: The run folder.
+        info: Its run.json.
+        checksums: Of the shards that are there.
 
     Raises:
         VerificationError: With what failed, or how to verify it.
     """
     verification = read_verification(folder, info)
-    if verification is None and complete:
-        raise VerificationError(
-            f"{folder.path} is not verified: no sample of it was computed again alone and compared. Verify it: "
-            f"exactivations verify {folder.path}; or open it with allow_unverified=True"
-        )
     if verification is not None:
         refuse_failed(folder, verification)
+    if len(checksums) < info.n_shards:
+        return
+    if verification is None or verification.contents != contents_of(checksums, folder.samples_footer()):
+        why = "no sample of it was computed again alone and compared"
+        if verification is not None:
+            why = f"its shards or its {SAMPLES_FILE} were changed after {verification.when}, when it was verified"
+        raise VerificationError(
+            f"{folder.path} is not verified: {why}. Verify it: exactivations verify {folder.path}; or open it with "
+            "allow_unverified=True"
+        )
 
 
 def refuse_failed(folder: RunFolder, verification: Verification) -> None:

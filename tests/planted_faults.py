@@ -165,6 +165,28 @@ class NanRow(Faulty):
         activations[f"{name}/mean"][-1] = torch.nan
 
 
+class MeanWithoutLastToken(Faulty):
+    def spoil(self, name, state, activations):
+        activations[f"{name}/mean"] = state[:, :-1].float().mean(dim=1).to(state.dtype)
+
+
+class SmallDimensionsLost(Faulty):
+    """One dimension holds nearly all of the norm, as in many large models; the others are those of another sample."""
+
+    def spoil(self, name, state, activations):
+        for pooling in ("mean", "last"):
+            rows = activations[f"{name}/{pooling}"]
+            activations[f"{name}/{pooling}"] = torch.cat([rows[:, :1], rows.roll(1, dims=0)[:, 1:]], dim=1)
+
+
+class WrongInItsDtypeOnly(Faulty):
+    """A kernel that is wrong in the run's dtype, and right in every other."""
+
+    def spoil(self, name, state, activations):
+        if state.dtype == self.specs()[f"{name}/mean"].dtype and self._given[0].training_dtype == state.dtype:
+            activations[f"{name}/mean"] = activations[f"{name}/mean"].roll(1, dims=1)
+
+
 class HookPointMoved(ActivationExtractor):
     """Reads `resid_post.<from>` at the module `path`."""
 
@@ -213,6 +235,30 @@ class Fault:
 
 def faulty(kind: type[ActivationExtractor], rows: list[str] | None = None):
     return lambda folder, family, dtype: run(folder, extractor_of(family, dtype, kind), data_of(rows or texts()))
+
+
+def wrong_in_its_dtype_only(folder, family, dtype):
+    model = model_of(family, dtype)
+    model.training_dtype = DTYPES[dtype]
+    run(folder, WrongInItsDtypeOnly(model, hook_points_of(family), POOLINGS), data_of(texts()))
+
+
+def small_dimensions_lost(folder, family, dtype):
+    model = model_of(family, dtype)
+    model.get_input_embeddings().weight.data[:, 0] = 30.0
+    extractor = SmallDimensionsLost(model, ["embed", "resid_post.0"], POOLINGS)
+    run(folder, extractor, data_of(texts(lengths=[7])))
+
+
+def one_bit(folder, family, dtype):
+    """A bit flips in a shard after the run: found by its checksum, whatever was drawn."""
+    data = data_of(texts())
+    run(folder, extractor_of(family, dtype), data)
+    path = ActivationStore(folder).folder.shard_path(0)
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+    refuse(verify_store(folder, extractor_of(family, dtype), data), folder)
 
 
 def rows_of_two_shards_swapped(folder, family, dtype):
@@ -341,6 +387,10 @@ ZOO = [
     Fault("hook point off by one", faulty(HookPointMoved), r"resid_post.1/.*it looks like resid_post.0 of the same sample"),
     Fault("final norm taken for the last block", faulty(FinalNormForLastBlock), "resid_post.2/.*it looks like final_norm"),
     Fault("two rows of a batch swapped", faulty(SwappedRows), r"sample \d+: .*it looks like sample \d+"),
+    Fault("mean without the last token", faulty(MeanWithoutLastToken, texts(lengths=[60])), r"sample \d+: \S+/mean is not what"),
+    Fault("rows swapped but for one large dimension", small_dimensions_lost, r"sample \d+: embed/(mean|last) is not what"),
+    Fault("wrong in this dtype only", wrong_in_its_dtype_only, r"sample \d+: \S+/mean is not what .* a kernel of this dtype"),
+    Fault("one bit of a shard flipped", one_bit, r"00000.safetensors is damaged"),
     Fault("rows of two shards swapped", rows_of_two_shards_swapped, r"sample \d+: "),
     Fault("rows shifted after a skipped sample", shifted_after_a_skipped_sample, r"looks like sample \d+, the next in the dataset"),
     Fault("stale mask of the right shape", stale_mask, r"sample \d+: embed/(mean|last)"),

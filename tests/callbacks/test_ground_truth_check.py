@@ -132,7 +132,7 @@ def test_without_verification_readers_are_told_how_to_get_it(tmp_path, start, ar
     assert f"{out}: VERIFIED" in capsys.readouterr().out
     assert len(ActivationStore(out)) == 90
     main(["show", str(out)])
-    assert "5 samples, computed again alone, agree" in capsys.readouterr().out
+    assert "5 samples, computed again alone in float32, agree" in capsys.readouterr().out
 
 
 def test_verify_from_the_command_line_fails_for_a_spoiled_store_and_for_another_dataset(tmp_path, start, capsys):

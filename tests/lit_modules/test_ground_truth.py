@@ -262,7 +262,7 @@ def test_a_fault_in_one_quiet_row_is_found_among_loud_ones(dtype):
     found = compare("x/tokens", 0, stored, true, coarse, true, [dtype])
     assert (clean.agrees or dtype == F32) and not found.agrees
     if dtype != F32:
-        assert found.worst_row == 31 and found.error == pytest.approx(0.05, rel=0.05)
+        assert found.worst_row == 31 and found.error == pytest.approx(0.05, rel=0.2)  # a little more without its largest dimension
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_models_without_such_buffers_may_be_cast(family, dtype):
 @pytest.mark.parametrize("family", CAUSAL)
 def test_with_its_head_the_body_and_its_hash_are_the_same(saved, family, dtype):
     options = ModelOptions(dtype=dtype)
-    alone, both = (load_model(str(saved(family)), options, "cpu", with_head=with_head) for with_head in (False, True))
+    alone, both = (load_model(str(saved(family)), options, "cpu", wants_head=wants) for wants in (None, lambda body: True))
     assert alone.whole is None and both.whole.base_model is both.body
     assert type(alone.body) is type(both.body) and both.body.dtype == getattr(torch, dtype)
     assert weights_hash(alone.body) == weights_hash(both.body) and alone.random == both.random == frozenset()
@@ -82,7 +82,7 @@ def test_a_checkpoint_that_lost_its_head_has_a_body_and_no_whole(saved, tmp_path
     weights = load_file(tmp_path / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded = load_model(str(tmp_path), ModelOptions(), "cpu", with_head=True)
+    loaded = load_model(str(tmp_path), ModelOptions(), "cpu", wants_head=lambda body: True)
     assert loaded.whole is None and loaded.random == frozenset()
     assert weights_hash(loaded.body) == weights_hash(model.model)
 
@@ -92,7 +92,7 @@ def test_a_checkpoint_that_lost_a_weight_of_its_body_tells_it_with_its_head_as_w
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded = [load_model(str(tmp_path), ModelOptions(), "cpu", with_head=with_head) for with_head in (False, True)]
+    loaded = [load_model(str(tmp_path), ModelOptions(), "cpu", wants_head=wants) for wants in (None, lambda body: True)]
     assert [weights.random for weights in loaded] == [{"layers.1.mlp.up_proj.weight"}] * 2
     assert loaded[1].whole is not None
 
@@ -100,13 +100,13 @@ def test_a_checkpoint_that_lost_a_weight_of_its_body_tells_it_with_its_head_as_w
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
 def test_a_checkpoint_saved_without_a_head_gives_none(family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path)
-    loaded = load_model(str(tmp_path), ModelOptions(), "cpu", with_head=True)
+    loaded = load_model(str(tmp_path), ModelOptions(), "cpu", wants_head=lambda body: True)
     assert loaded.whole is None and weights_hash(loaded.body) == weights_hash(tiny_model(family))
 
 
 def test_tied_weights_need_no_head_in_the_checkpoint(saved):
     assert "lm_head.weight" not in load_file(saved("gpt2") / "model.safetensors")
-    assert load_model(str(saved("gpt2")), ModelOptions(), "cpu", with_head=True).whole is not None
+    assert load_model(str(saved("gpt2")), ModelOptions(), "cpu", wants_head=lambda body: True).whole is not None
 
 
 def test_frequencies_that_the_model_changes_itself_are_no_rounding():

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from exactivations.datamodules.plan import PlanOptions, plan
 from exactivations.lit_modules.ground_truth import compare, tolerance_for
 from exactivations.lit_modules.next_tokens import NextTokens
-from exactivations.lit_modules.sample_check import SampleCheck, SampleResult, summarize
+from exactivations.lit_modules.sample_check import CheckedRun, SampleCheck, SampleResult, summarize
 from exactivations.store import ActivationStore
 from exactivations.store.shard import open_shard, write_shard
 from tests.planted_faults import data_of, extractor_of, run, texts
@@ -104,7 +104,7 @@ def spoilt(finished, tmp_path):
     def spoilt(sample, change):
         path, extractor, data = finished
         shutil.copytree(path, tmp_path / "run")
-        store = ActivationStore(tmp_path / "run")
+        store = ActivationStore(tmp_path / "run", allow_unverified=True)
         position = store.sample_index.tolist().index(sample)
         shard, row = int(store._shard[position]), int(store._row[position])
         tensors, metadata = open_shard(store.folder.shard_path(shard))
@@ -112,7 +112,7 @@ def spoilt(finished, tmp_path):
         change({name: v[8 * row : 8 * row + 8] if len(v) == tensors["n_tokens"].sum() else v[row] for name, v in tensors.items()})
         del metadata["checksum"]
         write_shard(store.folder.shard_path(shard), tensors, metadata)
-        return SampleCheck(ActivationStore(tmp_path / "run"), extractor, data).check(sample)
+        return SampleCheck(ActivationStore(tmp_path / "run", allow_unverified=True), extractor, data).check(sample)
 
     return spoilt
 
@@ -158,7 +158,7 @@ def test_a_wrong_hash_in_the_table_is_found_with_both_hashes(finished, tmp_path)
     true, hashes[11] = hashes[11], "0" * 32
     table = table.set_column(table.column_names.index("token_hash"), "token_hash", pa.array(hashes))
     pq.write_table(table, tmp_path / "run" / "samples.parquet")
-    check = SampleCheck(ActivationStore(tmp_path / "run"), extractor, data)
+    check = SampleCheck(ActivationStore(tmp_path / "run", allow_unverified=True), extractor, data)
     (failure,) = check.check(11).failures
     assert failure.startswith(
         f"sample 11 is not the one of this text: it has token hash {'0' * 32} and 8 tokens in the store, {true}"
@@ -213,7 +213,7 @@ def test_what_looks_like_nothing_known_is_not_explained(spoilt):
 
 
 def summary(results, **more):
-    return summarize(results, names=["embed/mean"], fingerprint="f", dtype=torch.bfloat16, seconds=1.23456, **more)
+    return summarize(results, CheckedRun(["embed/mean"], "f", "c", torch.bfloat16, 1.23456, **more))
 
 
 def test_nothing_checked_is_no_verification():
@@ -223,11 +223,11 @@ def test_nothing_checked_is_no_verification():
 
 def test_the_verdict_counts_failures_of_samples_and_others_and_sorts_samples():
     wrong = [SampleResult(i, failures=[f"sample {i}: a", f"sample {i}: b"]) for i in range(120, 0, -1)]
-    verification = summary([SampleResult(500), *wrong], other_failures=["a shard is damaged"])
+    verification = summary([SampleResult(500), *wrong], damaged={3: "a shard is damaged"})
     assert (verification.passed, verification.n_failures, len(verification.failures)) == (False, 241, 100)
     assert verification.failures[:2] == ["sample 1: a", "sample 1: b"]
     assert verification.samples == [*range(1, 121), 500] and verification.failed_samples == list(range(1, 121))
-    assert summary([SampleResult(3)]).passed and not summary([SampleResult(3)], other_failures=["x"]).passed
+    assert summary([SampleResult(3)]).passed and not summary([SampleResult(3)], damaged={0: "x"}).passed
 
 
 def test_figures_that_are_not_finite_fail_and_still_fit_into_strict_json():

@@ -66,7 +66,10 @@ def test_a_finished_run_passes_in_every_dtype_of_the_truth(finished, dtype, trut
     assert verification.dtype == str(truth or getattr(torch, dtype)).removeprefix("torch.")
     assert [figures.name for figures in verification.figures] == list(ActivationStore(finished(dtype)).names)
     assert all(figures.worst_error <= figures.tolerance for figures in verification.figures)
-    assert verdict_of(RunFolder(finished(dtype))) == verification
+    recorded = verdict_of(RunFolder(finished(dtype)))
+    coarseness = [torch.float32, torch.float16, torch.bfloat16]
+    is_coarser = truth is not None and coarseness.index(truth) > coarseness.index(getattr(torch, dtype))
+    assert (recorded != verification) == is_coarser == ("not recorded" in verification.checked[-1])
     assert "no causal language model" in verification.next_tokens_note
     assert "checksums of" in " ".join(verification.checked)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from exactivations.store.run_folder import RunFolder, RunInfo
+from exactivations.store.run_folder import RunFolder, RunInfo, contents_of
 from exactivations.store.shard import write_shard
 from exactivations.store.verification import Verification, write_verification
 
@@ -88,14 +88,14 @@ def make_store(path, sample_index, lengths, n_shards=3, names=WIDTHS, dtype="flo
         if number not in leave_out:
             tensors = shard_tensors([sample_index[p] for p in part], [lengths[p] for p in part], names, getattr(torch, dtype))
             write_shard(folder.shard_path(number), tensors, {"shard": number, "fingerprint": info.fingerprint})
-    write_verification(folder, verdict(info.fingerprint))
+    write_verification(folder, verdict(info.fingerprint, contents=contents_of(folder.checksums(info), folder.samples_footer())))
     return folder
 
 
-def verdict(fingerprint, passed=True, **changes):
+def verdict(fingerprint, passed=True, contents="", **changes):
     """A verification as a run would leave it."""
     content = {
-        "passed": passed, "fingerprint": fingerprint, "samples": [0], "figures": [], "dtype": "float32", "tolerance": "",
-        "seconds": 1.0, "when": "2026-01-01T00:00:00+00:00",
+        "passed": passed, "fingerprint": fingerprint, "contents": contents, "samples": [0], "figures": [], "dtype": "float32",
+        "tolerance": "", "seconds": 1.0, "when": "2026-01-01T00:00:00+00:00",
     }  # fmt: skip
     return Verification(**(content | changes))

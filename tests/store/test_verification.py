@@ -32,10 +32,10 @@ name_figures = st.builds(
 )  # fmt: skip
 head_figures = st.builds(
     NextTokenFigures, name=st.text(), positions=st.integers(0), top1_agreement=finite, largest_difference=finite,
-    rounding=finite, tolerance=finite,
+    error=maybe, rounding=maybe, tolerance=finite,
 )  # fmt: skip
 verifications = st.builds(
-    Verification, passed=st.booleans(), fingerprint=st.just("mine"), samples=st.lists(st.integers(0)),
+    Verification, passed=st.booleans(), fingerprint=st.just("mine"), contents=st.text(), samples=st.lists(st.integers(0)),
     figures=st.lists(name_figures, max_size=3), dtype=st.text(), tolerance=st.text(), seconds=finite, when=st.text(),
     failed_samples=st.lists(st.integers(0)), failures=st.lists(st.text()), n_failures=st.integers(0),
     next_tokens=st.lists(head_figures, max_size=3), next_tokens_note=st.none() | st.text(), checked=st.lists(st.text()),
