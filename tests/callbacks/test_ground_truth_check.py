@@ -170,3 +170,57 @@ def test_an_error_of_ours_while_verifying_ends_the_run_and_leaves_the_store_unve
         predict(tmp_path / "run", before=[GroundTruthCheck()])
     assert not (tmp_path / "run" / "verification.json").exists()
     assert len(ActivationStore(tmp_path / "run", allow_unverified=True)) == 90
+
+
+def flip_a_bit(out):
+    path = sorted((out / "shards").glob("*.safetensors"))[2]
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    return path
+
+
+def test_a_checksum_that_failed_is_not_cleared_by_starting_the_run_again(tmp_path, start, capsys):
+    out = tmp_path / "run"
+    start(out).succeed()
+    path = flip_a_bit(out)
+    with pytest.raises(SystemExit):
+        main(["verify", str(out), "--samples", "2"])
+    assert "and 1 shards are damaged" in capsys.readouterr().out
+    run = start(out)
+    assert run.wait() == [1] and f"{path.name} is damaged" in run.stderr
+    path.unlink()
+    start(out).succeed()
+    assert verdict(out)["passed"] and len(ActivationStore(out)) == 90
+
+
+def test_a_verdict_does_not_hold_for_shards_that_were_computed_after_it(tmp_path, start):
+    out = tmp_path / "run"
+    start(out).succeed()
+    (out / "shards" / "00002.safetensors").unlink()
+    start(out, 1, "--verify-samples", "0", before=SPOIL.format(rank="0")).succeed()
+    with pytest.raises(VerificationError, match="is not verified"):
+        ActivationStore(out)
+    run = start(out, 1, "--verify-samples", "90")  # 16 might miss the few samples of one shard
+    assert run.wait() == [1] and "is not what the sample gives alone" in run.stderr
+
+
+def test_a_verdict_does_not_hold_for_a_table_of_samples_that_was_changed_after_it(tmp_path, start):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    out = tmp_path / "run"
+    start(out).succeed()
+    table = pq.read_table(out / "samples.parquet")
+    column = table.column_names.index("number")
+    pq.write_table(table.set_column(column, "number", pa.array(table.column("number").to_pylist()[::-1])), out / "samples.parquet")
+    with pytest.raises(VerificationError, match=r"or its samples\.parquet were changed after"):
+        ActivationStore(out)
+
+
+def test_more_samples_than_were_verified_before_are_verified(tmp_path, start):
+    out = tmp_path / "run"
+    start(out, 1, "--verify-samples", "2").succeed()
+    assert "nothing new" not in start(out, 1, "--verify-samples", "30").succeed().stdout
+    assert len(verdict(out)["samples"]) == 30
+    assert "nothing new was computed; verified: 30 samples" in start(out).succeed().stdout

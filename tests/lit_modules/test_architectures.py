@@ -10,8 +10,9 @@ from exactivations.lit_modules.doctor import refuse_unsafe_right_padding
 from exactivations.lit_modules.hook_points import dissect, resolve_hook_points
 from exactivations.store import TokenBatch
 from exactivations.store.errors import InvalidInputError
+from tests import planted_faults as zoo
 
-from .models import tiny_model
+from .models import CONFIGS, in_dtype, tiny_model
 
 SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
 ODD = {
@@ -152,3 +153,42 @@ def test_what_decides_values_decides_the_identity():
         assert changed != before["float32_matmul_precision"]
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        t.RobertaPreLayerNormConfig(**SMALL, max_position_embeddings=66, pad_token_id=1),  # its last norm is not found
+        t.OPTConfig(vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=48, word_embed_proj_dim=16),
+        t.Qwen3MoeConfig(
+            **SMALL, moe_intermediate_size=24, num_key_value_heads=2, head_dim=8, num_experts=4, num_experts_per_tok=2,
+            max_position_embeddings=64,
+        ),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_verification_raises_no_false_alarm(config, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    torch.manual_seed(0)
+    model = in_dtype(t.AutoModel.from_config(config).train(False), dtype)
+    names = [name for name in dissect(model).names() if name != "embed"]
+    check = zoo.run(tmp_path / "run", ActivationExtractor(model, names, ["tokens", "mean"]), zoo.data_of(zoo.texts()))
+    assert check.verification.passed
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+def test_a_model_is_the_same_whether_its_head_is_loaded_with_it_or_not(family, tmp_path):
+    torch.manual_seed(0)
+    t.AutoModelForCausalLM.from_config(CONFIGS[family]).save_pretrained(tmp_path)
+    mean, last = (ActivationExtractor(str(tmp_path), ["resid_post.2"], [pooling]) for pooling in ("mean", "last"))
+    different = ("poolings",)
+    one, other = ({k: v for k, v in e.identity().items() if k not in different} for e in (mean, last))
+    assert one == other
+    assert (last.load().whole is not None) == (family != "bert") and mean.load().whole is None
+
+
+def test_the_head_is_not_put_on_the_last_block_of_a_model_that_was_cut(tmp_path):
+    t.AutoModelForCausalLM.from_config(CONFIGS["llama"]).save_pretrained(tmp_path)
+    loaded = ActivationExtractor(str(tmp_path), ["resid_post.1"], ["last"]).load()
+    assert loaded.whole is None and "no state before the head is stored" in loaded.no_head

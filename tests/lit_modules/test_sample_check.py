@@ -241,3 +241,15 @@ def test_figures_that_are_not_finite_fail_and_still_fit_into_strict_json():
     verification = summary([SampleResult(4, [compared], [head], ["sample 4: wrong"])])
     json.dumps(asdict(verification), allow_nan=False)
     assert verification.figures[0].worst_error is None and verification.next_tokens[0].largest_difference == 1.0
+
+
+def test_small_draws_of_other_seeds_are_other_samples_and_large_ones_spread_over_the_shards(finished):
+    path, extractor, data = finished
+    store = ActivationStore(path, allow_unverified=True)
+    check = SampleCheck(store, extractor, data)
+    shards = sorted(store.published)
+    assert len({tuple(check.draw(shards, 2, seed)) for seed in range(8)}) > 4
+    shard_of = dict(zip(data.tokens.sample_index.tolist(), data.plan.shard_of_sample.tolist(), strict=True))
+    for seed in range(4):
+        drawn = check.draw(shards, 2 * len(shards), seed)
+        assert {shard_of[index] for index in drawn} == set(shards)
