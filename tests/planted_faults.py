@@ -423,7 +423,8 @@ def largest_error(message: str) -> str:
 def shown(message: str) -> str:
     """What names the sample or the cause in a message, short enough for a table."""
     lines = [line.strip() for line in message.splitlines()]
-    line = next((line for line in lines if re.match("sample|model|tokenizer|buffer", line)), lines[0])
+    line = next((line for line in lines if re.match(r"sample|model|tokenizer|buffer|\S+ is damaged", line)), lines[0])
+    line = re.sub(r"/\S*/", "", line)
     line = re.sub(r".*?(sample \d+: )", r"\1", line, count=1)
     hint = line.rpartition("; ")[2] if " is not what the sample gives alone" in line else ""
     line = line.partition(" is not what the sample gives alone")[0] + (f": {hint}" if hint else "")
