@@ -17,7 +17,8 @@ def import_masks(
     """Converts a folder of per-batch masks into one file of masks by sample index, for one store.
 
     Samples are counted over all batches, whatever their sizes. Anything that does not fit is refused: a missing or doubled
-    batch, another number of masks than samples, a wrong length, and other tokens if the masks' input_ids were saved too.
+    batch, another number of masks than samples, a wrong length, a mask that marks nothing, marks that cannot be of these samples,
+    and other tokens if the masks' input_ids were saved too. What cannot be told is a warning.
 
     Args:
         masks: A folder of batch_<i> folders (or batch_<i>.safetensors or .pt files).
@@ -33,6 +34,7 @@ def import_masks(
 
     from exactivations.store.errors import InvalidInputError
     from exactivations.store.mask_folder import read_mask_batches
+    from exactivations.store.mask_identity import judge_marks
     from exactivations.store.mask_layout import SampleTable, lay_masks
     from exactivations.store.masks import write_masks
     from exactivations.store.run_folder import RunFolder
@@ -45,9 +47,14 @@ def import_masks(
     batches = read_mask_batches(masks, mask_name)
     if wrong := table.wrong_number(len(batches), rows, more_rows=more_rows):
         raise InvalidInputError(f"{masks}: {wrong}")
-    laid = lay_masks(batches, table, table.rows(rows), padding_side)
-    write_masks(out, table, laid, masks)
-    print(f"{len(table):,} masks from {len(batches.masks):,} batches, padded on the {laid.side}, by sample index -> {out}")
+    places = table.rows(rows)
+    marks = judge_marks(batches, table, places, lay_masks(batches, table, places, padding_side))
+    for warning in marks.warnings:
+        print(f"warning: {warning}", flush=True)
+    if marks.fault and not marks.laid.problems:
+        raise InvalidInputError(f"{masks}: {marks.fault}")
+    write_masks(out, table, marks.laid, masks)
+    print(f"{len(table):,} masks from {len(batches.masks):,} batches, padded on the {marks.laid.side}, by sample index -> {out}")
     if batches.ids is None:
         print("only their lengths were checked: no input_ids are kept beside the masks, so whose they are cannot be told")
     else:

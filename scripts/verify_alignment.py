@@ -16,8 +16,8 @@ def verify_alignment(
 ) -> None:
     """Tells whether masks that are kept apart from activations belong to the samples they would be laid over.
 
-    Compares lengths, and by token hash the tokens themselves if the masks' input_ids were saved too; then shows which samples
-    would have got a wrong mask from code that finds masks by batch number. Fails if anything is misaligned by sample index.
+    Compares lengths and marks, and by token hash the tokens themselves if the masks' input_ids were saved too; then shows which
+    samples would have got a wrong mask from code that finds masks by batch number. Fails if anything is misaligned by sample index.
 
     Args:
         store: The run folder with the activations.

@@ -1,6 +1,6 @@
 """Do another run's masks belong to the samples they would be laid over? What can be told is reported; what cannot is said."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from exactivations.store.activation_store import ActivationStore
 from exactivations.store.batch_rules import Activations, OldRule, old_rules
 from exactivations.store.errors import InvalidInputError
 from exactivations.store.mask_folder import MaskBatches, read_mask_batches
-from exactivations.store.mask_identity import Identity, identify, row_hashes
+from exactivations.store.mask_identity import Identity, identify, judge_marks, row_hashes
 from exactivations.store.mask_layout import LaidMasks, Rows, SampleTable, Side, lay_masks
 from exactivations.store.run_folder import RunFolder
 
@@ -33,6 +33,8 @@ class AlignmentReport:
         identity: Whose masks they are; None if there are no ids, so that it cannot be told.
         same_marks: How many samples have the same tokens marked as in the store, and how many were compared; None if the store
             (or the other one) holds no token rows.
+        marks_fault: Why what is marked cannot be of the store's tokens, though lengths fit and nothing says whose the masks are.
+        warnings: What was assumed, and what cannot be told; decides nothing.
     """
 
     store: SampleTable
@@ -46,6 +48,8 @@ class AlignmentReport:
     side_problem: str | None
     identity: Identity | None
     same_marks: tuple[int, int] | None
+    marks_fault: str | None = None
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def faults(self) -> list[str]:
@@ -57,7 +61,7 @@ class AlignmentReport:
             first = min(self.problems)
             more = f" (and {len(self.problems) - 1:,} more samples)" if len(self.problems) > 1 else ""
             faults.append(f"sample {first}: {self.problems[first]}{more}")
-        return [*faults, self.side_problem] if self.side_problem else faults
+        return [*faults, *(fault for fault in (self.side_problem, self.marks_fault) if fault)]
 
 
 def compare(
@@ -111,7 +115,8 @@ def _compare_batches(
     divisor: int,
 ) -> AlignmentReport:
     places = table.rows(rows)
-    laid = lay_masks(batches, table, places, padding_side)
+    marks = judge_marks(batches, table, places, lay_masks(batches, table, places, padding_side))
+    laid = marks.laid
     return AlignmentReport(
         store=table,
         masks=batches.folder,
@@ -123,7 +128,9 @@ def _compare_batches(
         side=laid.side,
         side_problem=laid.side_problem,
         identity=None if batches.ids is None else identify(table, places, row_hashes(batches, table, places, laid)),
-        same_marks=_same_marks(table, laid),
+        same_marks=marks.same,
+        marks_fault=marks.fault,
+        warnings=marks.warnings,
     )
 
 
@@ -133,19 +140,6 @@ def _activations(table: SampleTable, places: npt.NDArray[np.int64], n_rows: int,
     lengths[places[inside]] = table.n_tokens[inside]
     fits[[place for position in laid.problems if (place := int(places[position])) < n_rows]] = False
     return Activations(lengths, fits, marks_count_from_the_left=laid.side != "left")
-
-
-def _same_marks(table: SampleTable, laid: LaidMasks) -> tuple[int, int] | None:
-    store = ActivationStore(table.path, allow_incomplete=True, allow_unverified=True)
-    masks = {int(index): mask for index, mask in zip(table.sample_index, laid.masks, strict=True) if mask is not None}
-    same = compared = 0
-    for index in (int(index) for index in store.sample_index if int(index) in masks):
-        own = store[index].token_mask
-        if own is None:
-            return None
-        compared += 1
-        same += torch.equal(own, masks[index])
-    return (same, compared) if compared else None
 
 
 def _compare_stores(table: SampleTable, other: SampleTable) -> AlignmentReport:

@@ -25,7 +25,12 @@ def render(report: AlignmentReport) -> str:
     lines += _listing([f"sample {sample}: {problem}" for sample, problem in sorted(report.problems.items())], 10)
     if report.same_marks is not None:
         same, compared = report.same_marks
-        lines += _wrapped(f"{'marks':<8}{same:,} of {compared:,} masks mark the same tokens as the store's own token_mask", 2, 10)
+        told = f"{same:,} of {compared:,} masks mark the same tokens as the store's own token_mask"
+        lines += _wrapped(f"{'marks':<8}{told}", 2, 10)
+    if report.marks_fault:
+        lines += _wrapped(f"{'WRONG':<8}{report.marks_fault}", 2, 10)
+    for warning in report.warnings:
+        lines += _wrapped(f"{'WARNING':<8}{warning}", 2, 10)
     if report.rules:
         lines += ["", *_wrapped(BY_BATCH)]
         lines += [line for rule in report.rules for line in _rule(rule)]

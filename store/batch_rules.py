@@ -17,6 +17,7 @@ OUTCOMES = {
     "ones": "no such batch: every position counts, padding and special tokens too, silently",
     "row": "IndexError: the batch that is picked has fewer rows",
     "length": "IndexError: the mask marks a position that the activations do not have",
+    "nothing": "a mask that marks nothing: no token counts, silently",
     "other": "the mask of other tokens, silently",
 }
 
@@ -131,7 +132,9 @@ def _judged(picks: Picks, batches: MaskBatches, activations: Activations, read: 
         batch = int(np.searchsorted(ends, sample, side="right"))
         first, end = int(ends[batch]) - read[batch], int(ends[batch])
         last = max(batches.mask(picked).nonzero().flatten().tolist(), default=-1)
-        if activations.too_short_for(last, first, end):
+        if last < 0:
+            outcomes.append("nothing")
+        elif activations.too_short_for(last, first, end):
             outcomes.append("length")
             first_error = first_error or (sample, last, int(activations.lengths[first:end].max()))
         else:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,11 +34,13 @@ class MaskBatches:
         folder: Where they were read.
         masks: bool [B, L] of each batch; B and L differ from batch to batch.
         ids: int32 [B, L] of each batch, padding included; None if the folder holds none.
+        names: What the masks are called in there; almost always one name.
     """
 
     folder: Path
     masks: tuple[Tensor, ...]
     ids: tuple[Tensor, ...] | None
+    names: frozenset[str]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -90,14 +92,15 @@ def read_mask_batches(folder: str | Path, mask_name: str | None = None) -> MaskB
     """
     folder = Path(folder)
     batches = [_read_batch(path, mask_name) for path in _batch_paths(folder)]
-    ids = [batch_ids for _, batch_ids in batches if batch_ids is not None]
+    ids = [batch.ids for batch in batches if batch.ids is not None]
     if ids and len(ids) < len(batches):
-        without = next(number for number, (_, batch_ids) in enumerate(batches) if batch_ids is None)
+        without = next(number for number, batch in enumerate(batches) if batch.ids is None)
         raise InvalidInputError(
             f"{folder}: {len(ids)} of {len(batches)} batches hold {IDS_NAME}, batch {without} does not; "
             "save the ids of every batch, or remove them from all"
         )
-    return MaskBatches(folder, tuple(mask for mask, _ in batches), tuple(ids) or None)
+    names = frozenset(batch.name for batch in batches)
+    return MaskBatches(folder, tuple(batch.mask for batch in batches), tuple(ids) or None, names)
 
 
 def _batch_paths(folder: Path) -> list[Path]:
@@ -136,14 +139,20 @@ class _Found:
     read: Callable[[], Tensor]
 
 
-def _read_batch(path: Path, mask_name: str | None) -> tuple[Tensor, Tensor | None]:
+class _Batch(NamedTuple):
+    name: str
+    mask: Tensor
+    ids: Tensor | None
+
+
+def _read_batch(path: Path, mask_name: str | None) -> _Batch:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     found = [tensor for file in files for tensor in _tensors_of(file, path)]
     mask = _find_mask(found, path, mask_name)
     where = f"{path}: {mask.place}"
     values = _as_mask(mask.read(), where)
     ids = _find_ids([tensor for tensor in found if tensor.name == IDS_NAME], mask, path)
-    return values, None if ids is None else _as_ids(ids.read(), values, f"{path}: {ids.place}")
+    return _Batch(mask.name, values, None if ids is None else _as_ids(ids.read(), values, f"{path}: {ids.place}"))
 
 
 def _tensors_of(file: Path, batch: Path) -> list[_Found]:

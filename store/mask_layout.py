@@ -152,10 +152,12 @@ def _cut(row: Any, n: int, side: Side) -> Any:
 
 
 def _sides(mask: Tensor, n: int) -> tuple[Bools, str | None]:
-    """Says whether a row can be padded on the right, and on the left, for a sample of n tokens; and what is wrong if neither."""
+    """Says whether a row can be padded on the right, and on the left, for a sample of n tokens; and what is wrong with it."""
     length = len(mask)
     if length < n:
         return np.zeros(2, dtype=bool), f"token_mask has {length} positions, activations have {n}"
+    if not mask.any():
+        return np.ones(2, dtype=bool), f"token_mask marks nothing: none of its sample's {n} tokens would count"
     sides = np.array([not mask[n:].any(), not mask[: length - n].any()])
     if sides.any():
         return sides, None

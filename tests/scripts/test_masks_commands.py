@@ -1,5 +1,7 @@
 """verify-alignment and import-masks, called as the command line calls them."""
 
+import re
+
 import pytest
 
 from exactivations.scripts import main as command_line
@@ -8,8 +10,8 @@ from exactivations.scripts.verify_alignment import verify_alignment
 from exactivations.store import ActivationStore
 from exactivations.store.errors import InvalidInputError, StoreError
 from exactivations.store.masks import read_masks
-from tests.store.mask_folders import foreign, store_of
-from tests.store.stores import mask_of
+from tests.store.mask_folders import POOLED, foreign, store_of
+from tests.store.stores import WIDTHS, mask_of
 
 LENGTHS = [3, 5, 1, 4, 2, 5, 7]
 
@@ -89,6 +91,50 @@ def test_verify_alignment_prints_and_fails_only_if_something_is_misaligned_by_sa
     assert "another order: 2 of 7 are not in their place" in told.out
     assert f"{swapped} is not aligned with {run}: by token hash" in told.err
     command_line.main(["verify-alignment", run, run])
+
+
+LONG = [12, 9, 15, 10]
+
+
+@pytest.mark.parametrize(
+    ("names", "masks", "message"),
+    [
+        (POOLED, [[True] * 5 + [False] * 10] * 4, "sample 0: token_mask is a padding mask of 5 tokens, activations have 12; laid"),
+        (WIDTHS, [[True] * 5 + [False] * 10] * 4, "sample 0: token_mask is a padding mask of 5 tokens, activations have 12; laid"),
+        (
+            POOLED,
+            [[True] * 12, [True] * 9, [False] * 15, [True] * 10],
+            "sample 2: token_mask marks nothing: none of its sample's 15",
+        ),
+        (
+            WIDTHS,
+            [[k != 4 for k in range(n)] for n in LONG],
+            r"no mask marks the tokens that the store's own token_mask does \(0 of 4\)",
+        ),
+    ],
+)
+def test_masks_of_the_right_shape_that_cannot_be_right_are_refused_by_both_commands(
+    tmp_path, capsys, commands, names, masks, message
+):
+    run, out = str(store_of(tmp_path / "run", LONG, names=names)), tmp_path / "masks.parquet"
+    folder = str(foreign(tmp_path / "masks", LONG, [4], masks=masks, with_ids=False))
+    for arguments in (["verify-alignment", run, folder], ["import-masks", folder, "--store", run, "--out", str(out)]):
+        with pytest.raises(SystemExit) as stop:
+            command_line.main(arguments)
+        assert stop.value.code == 1 and re.search(message, capsys.readouterr().err)
+    assert not out.exists()
+
+
+def test_what_cannot_be_told_is_said_by_both_commands_and_decides_nothing(tmp_path, capsys, commands):
+    run, out = str(store_of(tmp_path / "run", LONG, names=POOLED)), tmp_path / "masks.parquet"
+    masks = [[True] * (n - 1) + [False] for n in LONG]
+    folder = str(foreign(tmp_path / "masks", LONG, [4], masks=masks, with_ids=False))
+    for arguments in (["verify-alignment", run, folder], ["import-masks", folder, "--store", run, "--out", str(out)]):
+        command_line.main(arguments)
+        told = " ".join(capsys.readouterr().out.split())
+        assert "4 of 4 masks leave out tokens at the end where padding is: all leave out 1" in told
+        assert "not counted as a fault" in told and "warning" in told.lower()
+    assert out.exists()
 
 
 def test_the_help_has_a_line_for_every_option(capsys, commands):

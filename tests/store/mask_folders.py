@@ -1,10 +1,13 @@
 """Folders of per-batch masks, written as other tools do, and stores with true token hashes to hold them against."""
 
+from unittest import mock
+
 import numpy as np
 import torch
 import xxhash
 from safetensors.torch import save_file
 
+from tests.store import stores
 from tests.store.stores import WIDTHS, ids_of, make_store, mask_of
 
 PAD = 0  # also a real id: sample 0 begins with it
@@ -15,11 +18,13 @@ def hash_by_hand(ids):
     return xxhash.xxh3_128(np.array(ids, dtype="<i4").tobytes()).hexdigest()
 
 
-def store_of(path, lengths, index=None, names=WIDTHS, **more):
-    """A store whose sample i has ids_of(i, n), with their true hashes."""
+def store_of(path, lengths, index=None, names=WIDTHS, kind=None, own=mask_of, **more):
+    """A store whose sample i has ids_of(i, n), with their true hashes, and own(i, n) as its token_mask of that kind."""
     index = list(range(len(lengths))) if index is None else index
     hashes = [hash_by_hand(ids_of(i, n)) for i, n in zip(index, lengths, strict=True)]
-    make_store(path, index, lengths, names=names, token_hash=hashes, **more)
+    said = {} if kind is None else {"token_mask": kind}
+    with mock.patch.object(stores, "mask_of", own), mock.patch.dict(stores.IDENTITY, said):
+        make_store(path, index, lengths, names=names, token_hash=hashes, **more)
     return path
 
 

@@ -13,7 +13,7 @@ from exactivations.store.alignment_text import WIDTH, render
 from exactivations.store.batch_rules import NO_BATCH, NO_ROW, pick_by_division
 from exactivations.store.errors import InvalidInputError, StoreError
 from tests.store.mask_folders import POOLED, foreign, hash_by_hand, save_flat, store_of
-from tests.store.stores import ids_of, make_store, mask_of
+from tests.store.stores import WIDTHS, ids_of, make_store, mask_of
 
 N = 207  # of shared/seeds/lpm-index-error.md
 LENGTHS = [3 + (7 * i) % 11 for i in range(N)]
@@ -179,9 +179,11 @@ def test_a_foreign_dataset_of_the_same_shapes_is_told_by_its_ids_and_only_by_the
     assert report.faults
     report, text = report_of(store, foreign(tmp_path / "without", LENGTHS, [64, 64, 64, 15], samples=others, with_ids=False))
     assert report.identity is None and "UNKNOWN whose masks these are: no input_ids are kept beside them" in text
-    assert "that they are this dataset's is not known" in text or report.side_problem
-    same, compared = report.same_marks or (0, 1)
-    assert same < compared or report.side is None
+    assert report.same_marks == (0, N) and report.faults == [report.marks_fault]
+    assert "no mask marks the tokens that the store's own token_mask does (0 of 207)" in text
+    pooled = store_of(tmp_path / "pooled", LENGTHS, names=POOLED)
+    report, text = report_of(pooled, tmp_path / "without")
+    assert not report.faults and "that they are this dataset's is not known" in text
 
 
 def test_a_part_of_the_samples_and_a_few_foreign_ones_are_told(store, tmp_path):
@@ -238,6 +240,184 @@ def test_marks_are_compared_with_the_stores_own_where_it_holds_token_rows(store,
     report, text = report_of(store, foreign(tmp_path / "m", LENGTHS, [N], masks=masks))
     assert report.same_marks == (206, 207) and not report.faults
     assert "206 of 207 masks mark the same tokens as the store's own token_mask" in text
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    data=st.data(),
+    side=st.sampled_from(["right", "left"]),
+    lengths=st.lists(st.integers(8, 30), min_size=2, max_size=12),
+    front=st.integers(0, 3),
+    names=st.sampled_from([WIDTHS, POOLED]),
+)
+def test_padding_masks_of_shorter_samples_are_refused_with_both_numbers(tmp_path_factory, data, side, lengths, front, names):
+    tmp_path = tmp_path_factory.mktemp("run")
+    shorter = [data.draw(st.integers(front + 1, n)) for n in lengths]
+    shorter[:2] = front + 1, lengths[1]  # at least one that is much too short, and one that is not
+    lengths[0] = max(lengths[0], front + 6)
+    masks = [[False] * front + [True] * (m - front) + [False] * (n - m) for n, m in zip(lengths, shorter, strict=True)]
+    masks = masks if side == "right" else [mask[::-1] for mask in masks]
+    store = store_of(tmp_path / "s", lengths, n_shards=1, names=names)
+    report, text = report_of(store, foreign(tmp_path / "m", lengths, [1, len(lengths) - 1], masks=masks, with_ids=False, side=side))
+    if report.side_problem:  # all rows of one length, cut alike on both sides
+        return
+    wrong = {i: (m, n) for i, (m, n) in enumerate(zip(shorter, lengths, strict=True)) if m < n}
+    assert sorted(report.problems) == sorted(wrong)
+    for i, (m, n) in wrong.items():
+        assert f"is a padding mask of {m} tokens, activations have {n};" in report.problems[i]
+        assert "count real tokens as padding, silently" in report.problems[i]
+        assert report.rules[0].outcome[i] != "own"
+    assert "taken for padding masks, by their name attention_mask" in text
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.data(),
+    side=st.sampled_from(["right", "left"]),
+    lengths=st.lists(st.integers(9, 30), min_size=1, max_size=12),
+    ends=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    inside=st.booleans(),
+    holds=st.sampled_from(["pooled", "content", "all", "unknown"]),
+    with_ids=st.booleans(),
+)
+def test_content_masks_that_leave_out_special_tokens_are_no_false_alarm(
+    tmp_path_factory, data, side, lengths, ends, inside, holds, with_ids
+):
+    """Some were cut, and have lost the special tokens of one end; chats have special tokens in the middle too."""
+    tmp_path = tmp_path_factory.mktemp("run")
+    cut = data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths)))
+
+    def content(i, n):
+        first, last = ends[0], 0 if cut[i] else ends[1]
+        return [first <= k < n - last and not (inside and k == first + 2) for k in range(n)]
+
+    own = (lambda i, n: [True] * n) if holds == "all" else content
+    names, kind = POOLED if holds == "pooled" else WIDTHS, None if holds in ("pooled", "unknown") else holds
+    store = store_of(tmp_path / "s", lengths, n_shards=1, names=names, kind=kind, own=own)
+    masks = [content(i, n) for i, n in enumerate(lengths)]
+    folder = foreign(tmp_path / "m", lengths, [len(lengths)], masks=masks, with_ids=with_ids, side=side)
+    report, text = report_of(store, folder, padding_side=side)
+    assert not report.faults, text
+    if holds in ("content", "unknown"):
+        assert not report.warnings and report.same_marks == (len(lengths), len(lengths))
+    elif report.warnings:
+        assert "WARNING" in text and "not counted as a fault" in report.warnings[0]
+
+
+def test_what_cannot_be_told_apart_is_a_warning_with_the_reason(tmp_path):
+    store = store_of(tmp_path / "s", [9, 12, 10, 14], n_shards=1, names=POOLED)
+
+    def warned(name, lengths, **how):
+        masks = [[True] * n + [False] * (14 - n) for n in lengths]
+        folder = save_flat(tmp_path / name, [{how.get("named", "attention_mask"): torch.tensor(masks)}])
+        report, _ = report_of(store, folder, padding_side="right")
+        assert not report.problems and not report.faults
+        return " ".join(report.warnings)
+
+    assert warned("own", [9, 12, 10, 14]) == ""
+    assert "4 of 4 masks leave out tokens at the end where padding is: all leave out 1. Sample 0 has 9 tok" in warned(
+        "eos", [8, 11, 9, 13]
+    )
+    assert "all leave out 6" in warned("same", [3, 6, 4, 8]), "as many of each"
+    assert "1 of 4 masks leave out tokens" in warned("one", [9, 12, 10, 11])
+    assert "its name says nothing" in warned("unnamed", [2, 12, 3, 11], named="token_mask")
+    masks = [[True] * 3] + [[True] * n for n in (12, 10, 14)]
+    masks[0] += [False] * 6
+    report, _ = report_of(store, foreign(tmp_path / "ids", [9, 12, 10, 14], [4], masks=masks))
+    assert report.identity.is_same and not report.faults and "the input_ids say whose they are" in report.warnings[0]
+
+
+def test_a_few_tokens_too_short_is_told_if_it_is_scattered_or_if_the_stores_content_masks_count_them(tmp_path):
+    lengths, shorter = [9, 12, 10, 14], [9, 11, 8, 11]
+    masks = [[True] * m + [False] * (n - m) for m, n in zip(shorter, lengths, strict=True)]
+    folder = foreign(tmp_path / "m", lengths, [4], masks=masks, with_ids=False)
+    report, _ = report_of(store_of(tmp_path / "s", lengths, n_shards=1, names=POOLED), folder)
+    assert sorted(report.problems) == [1, 2, 3]
+    masks = [[True] * (n - 6) + [False] * 6 for n in lengths]  # as many of each: by itself it could be anything
+    folder = foreign(tmp_path / "six", lengths, [4], masks=masks, with_ids=False)
+    for last, n_wrong in ((1, 4), (6, 0)):
+        content = store_of(
+            tmp_path / f"s{last}", lengths, n_shards=1, kind="content", own=lambda i, n, k=last: [True] * (n - k) + [False] * k
+        )
+        report, _ = report_of(content, folder)
+        assert len(report.problems) == n_wrong and bool(report.marks_fault) == bool(n_wrong)
+
+
+SHAPES = {  # rows of 9, 12 and 10 tokens, as "1" and "0", and which are padding masks of fewer tokens
+    "at most four, as many special tokens can be": (["111110000", "111111111111", "1111111111"], []),
+    "five": (["111100000", "111111111111", "1111111111"], [0]),
+    "five, first four left out": (["000010000", "000011100000", "0000111111"], [0, 1]),
+    "five, first five left out": (["000001111", "000001100000", "0000011111"], []),
+    "begun anywhere": (["000111111", "111111000000", "1111111111"], []),
+    "with a gap": (["101111111", "101111000000", "1011111111"], []),
+    "only the ends of texts": (["000000111", "000000001111", "0011111111"], []),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_shapes_that_are_taken_for_padding_masks(tmp_path, shape, side):
+    rows, wrong = SHAPES[shape]
+    masks = [[mark == "1" for mark in (row if side == "right" else row[::-1])] for row in rows]
+    lengths = [len(row) for row in rows]
+    folder = foreign(tmp_path / "m", lengths, [3], masks=masks, with_ids=False, side=side)
+    report, _ = report_of(store_of(tmp_path / "s", lengths, n_shards=1, names=POOLED), folder, padding_side=side)
+    assert sorted(report.problems) == wrong and bool(report.faults) == bool(wrong)
+
+
+@pytest.mark.parametrize("reverse", [1, -1])
+def test_masks_without_any_padding_can_be_of_shorter_samples_on_either_side(tmp_path, reverse):
+    masks = [[mark == "1" for mark in row[::reverse]] for row in ("111100000", "111111111", "111111000")]
+    folder = foreign(tmp_path / "m", [9] * 3, [3], masks=masks, with_ids=False)
+    report, _ = report_of(store_of(tmp_path / "s", [9] * 3, n_shards=1, names=POOLED), folder)
+    assert sorted(report.problems) == [0, 2]
+
+
+@pytest.mark.parametrize(("mask", "wrong"), [("011111100000", []), ("011111000000", [1])])
+def test_tokens_that_the_stores_content_masks_leave_out_too_are_not_missed(tmp_path, mask, wrong):
+    lengths = [9, 12]
+    store = store_of(tmp_path / "s", lengths, n_shards=1, kind="content", own=lambda i, n: [0 < k < n - 1 for k in range(n)])
+    masks = [[mark == "1" for mark in row] for row in ("011111110", mask)]
+    report, _ = report_of(store, foreign(tmp_path / "m", lengths, [2], masks=masks, with_ids=False))
+    assert sorted(report.problems) == wrong and report.same_marks == (1, 2)
+
+
+def test_an_old_rule_that_finds_a_mask_without_marks_counts_no_token(tmp_path):
+    masks = [[True] * 3, [False] * 4]
+    report, text = report_of(store_of(tmp_path / "s", [3, 4], n_shards=1), foreign(tmp_path / "m", [3, 4], [2], masks=masks))
+    assert report.rules[0].outcome == ["own", "nothing"] and "sample 1: a mask that marks nothing: no token counts" in text
+
+
+def test_marks_that_are_never_the_stores_are_a_fault_unless_ids_or_the_kinds_of_masks_explain_it(tmp_path):
+    lengths = [9, 12, 10]
+
+    def without_ends(i, n):
+        return [0 < k < n - 1 for k in range(n)]
+
+    def every(i, n):
+        return [True] * n
+
+    def shifted(i, n):
+        return [k != 3 + i for k in range(n)]
+
+    def report_for(number, own, mask, kind, **how):
+        store = store_of(tmp_path / f"s{number}", lengths, n_shards=1, kind=kind, own=own)
+        masks = [mask(i, n) for i, n in enumerate(lengths)]
+        return report_of(store, foreign(tmp_path / f"m{number}", lengths, [3], masks=masks, **{"with_ids": False, **how}))
+
+    report, text = report_for(0, without_ends, shifted, "content")
+    assert report.faults == [report.marks_fault] and "WRONG   no mask marks the tokens" in text and "(0 of 3)" in report.marks_fault
+    assert "cannot be laid over" in text
+    report, _ = report_for(1, without_ends, shifted, "content", with_ids=True)
+    assert not report.faults and report.same_marks == (0, 3)
+    report, _ = report_for(2, without_ends, every, "content")
+    assert not report.faults and "another kind of mask" in report.warnings[0], "it counts special tokens too"
+    for number, kind in ((3, "all"), (4, None)):
+        report, _ = report_for(number, every, without_ends, kind)
+        assert not report.faults and report.same_marks == (0, 3)
+    assert report_for(5, every, shifted, "content")[0].marks_fault, "a text without special tokens"
+    report, _ = report_for(6, without_ends, lambda i, n: (shifted if i else without_ends)(i, n), "content")
+    assert not report.faults and report.same_marks == (1, 3)
 
 
 def test_two_stores_are_compared_by_sample_index_hash_and_length(store, tmp_path):

@@ -173,7 +173,7 @@ def test_with_ids_any_batch_sizes_and_sides_give_each_sample_its_own_mask(tmp_pa
     n = len(lengths)
     cuts = sorted(data.draw(st.sets(st.integers(1, n - 1), max_size=6))) if n > 1 else []
     sizes = [b - a for a, b in itertools.pairwise([0, *cuts, n])]
-    masks = [data.draw(st.lists(st.booleans(), min_size=length, max_size=length)) for length in lengths]
+    masks = [data.draw(st.lists(st.booleans(), min_size=length, max_size=length).filter(any)) for length in lengths]
     batches = padded_batches(sizes, masks, [ids_of(i, length) for i, length in enumerate(lengths)], side)
     for batch in batches:  # some tools pad to a multiple
         for name, tensor in batch.items():
@@ -221,6 +221,19 @@ def test_a_folder_that_is_not_padded_on_one_side_is_refused_with_the_samples(tmp
         write_masks(tmp_path / "masks.parquet", table, laid, "masks")
     _, laid = lay(tmp_path / "masks", tmp_path / "store", padding_side="right")
     assert laid.problems == {2: "its row is not padded on the right"}
+
+
+@pytest.mark.parametrize("with_ids", [True, False])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_row_that_marks_nothing_is_refused_unless_its_sample_was_skipped(tmp_path, with_ids, side):
+    store = store_of(tmp_path / "store", [3, 4, 9], [1, 2, 4], skipped=[0, 3])
+    masks = [[False] * 2, [True] * 3, [False] * 4, [False] * 5, [True] * 9]
+    folder = foreign(tmp_path / "masks", [2, 3, 4, 5, 9], [3, 2], with_ids=with_ids, side=side, masks=masks)
+    table, laid = lay(folder, store)
+    assert laid.problems == {1: "token_mask marks nothing: none of its sample's 4 tokens would count"}
+    assert laid.side == side
+    with pytest.raises(InvalidInputError, match="sample 2: token_mask marks nothing"):
+        write_masks(tmp_path / "masks.parquet", table, laid, "masks")
 
 
 def test_a_wrong_length_is_told_with_both_numbers(tmp_path):
