@@ -80,11 +80,6 @@ class Plan:
         """Returns the samples of a batch, in row order (the longest first)."""
         return self.order[self.batch_start[batch] : self.batch_start[batch + 1]]
 
-    def batch_of(self, sample: int) -> int:
-        """Returns the number of the batch that holds a sample."""
-        place = int(np.flatnonzero(self.order == sample)[0])
-        return int(np.searchsorted(self.batch_start, place, side="right")) - 1
-
     def batches_of(self, shard: int) -> range:
         """Returns the numbers of a shard's batches."""
         return range(int(self.shard_start[shard]), int(self.shard_start[shard + 1]))
@@ -93,6 +88,13 @@ class Plan:
     def sample_start(self) -> IntArray:
         """int64 [shards + 1], where each shard starts in `order`."""
         return self.batch_start[self.shard_start]
+
+    @cached_property
+    def batch_of_sample(self) -> IntArray:
+        """int64 [n], the batch that holds each sample."""
+        batches: IntArray = np.empty_like(self.order)
+        batches[self.order] = np.repeat(np.arange(self.n_batches), np.diff(self.batch_start))
+        return batches
 
     @cached_property
     def shard_of_sample(self) -> IntArray:

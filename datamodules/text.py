@@ -190,7 +190,7 @@ class TextDataModule(pl.LightningDataModule):
         """Returns the planned batch that a sample is in."""
         position = int(np.searchsorted(self.tokens.sample_index, sample_index))
         assert self.tokens.sample_index[position] == sample_index, f"sample {sample_index} is not in the plan"
-        return PlannedBatches(self.tokens, self.plan, []).batch(self.plan.batch_of(position))
+        return PlannedBatches(self.tokens, self.plan, []).batch(int(self.plan.batch_of_sample[position]))
 
     def identity(self) -> dict[str, Any]:
         """What of the data decides the values of a run, by field name."""

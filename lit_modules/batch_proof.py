@@ -90,10 +90,14 @@ def prove(
     return BatchProof(changed, {name: error for name, error in errors.items() if not error <= FLOAT32_TOLERANCE})
 
 
+def row_of(batch: TokenBatch | ActivationBatch, sample_index: int) -> int:
+    """Returns a sample's row in a batch that holds it."""
+    return int((batch.sample_index == sample_index).nonzero()[0])
+
+
 def _part_with(batch: TokenBatch, sample_index: int) -> TokenBatch:
     """Returns a part of a batch's neighbouring rows with the sample among them, as wide as the batch."""
-    n = len(batch.sample_index)
-    row = int((batch.sample_index == sample_index).nonzero()[0])
+    n, row = len(batch.sample_index), row_of(batch, sample_index)
     size = min(n, max(2, n // LARGEST_SHARE))
     start = min(max(0, row - size // 2), n - size)
     rows = slice(start, start + size)
@@ -105,7 +109,7 @@ def _part_with(batch: TokenBatch, sample_index: int) -> TokenBatch:
 
 def _rows(batch: ActivationBatch, sample_index: int) -> dict[str, Tensor]:
     """Returns one sample's rows [n, D] of a batch, on the host."""
-    row = int((batch.sample_index == sample_index).nonzero()[0])
+    row = row_of(batch, sample_index)
     stop = int(batch.n_tokens[: row + 1].sum())
     tokens = slice(stop - int(batch.n_tokens[row]), stop)
     return {

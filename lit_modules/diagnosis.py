@@ -88,7 +88,7 @@ def _neighbours(data: TextDataModule, sample_index: int) -> Iterator[tuple[int, 
             found.setdefault(position + step, f"the {'next' if step == 1 else 'one before'} in the dataset")
         if 0 <= place + step < len(plan.order) and plan.shard_of_sample[plan.order[place + step]] == plan.shard_of_sample[position]:
             found.setdefault(int(plan.order[place + step]), f"the {'next' if step == 1 else 'previous'} row in its shard")
-    for other in plan.batch(plan.batch_of(position))[:MOST_NEIGHBOURS].tolist():
+    for other in plan.batch(int(plan.batch_of_sample[position]))[:MOST_NEIGHBOURS].tolist():
         if other != position:
             found.setdefault(other, "a row of the same batch")
     for other, relation in found.items():

@@ -19,11 +19,10 @@ from transformers import PreTrainedModel
 
 from exactivations.lit_modules.ground_truth import Comparison, GroundTruth, relative_error, tolerance_for
 from exactivations.lit_modules.hook_points import HookPoint, dissect, resolve_hook_points
-from exactivations.lit_modules.language_model import forward_arguments
+from exactivations.lit_modules.language_model import first_position, forward_arguments
 from exactivations.lit_modules.model_facts import (
     ForwardError,
     States,
-    first_position,
     is_ours_or_the_machines,
     length_dependent_rope,
     longest_sample,

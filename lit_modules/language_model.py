@@ -235,10 +235,15 @@ def max_positions(model: PreTrainedModel) -> int | None:
     positions: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is None or positions < 1:
         return None
-    for name, module in model.named_modules():  # RoBERTa and its kin start to count after the padding index
+    return positions - first_position(model)
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """Returns the position id of a sample's first token: 0, but for RoBERTa and its kin, which count on from the padding index."""
+    for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return positions - module.padding_idx - 1
-    return positions
+            return module.padding_idx + 1
+    return 0
 
 
 def vocabulary_size(model: PreTrainedModel) -> int | None:

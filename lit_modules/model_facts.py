@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from exactivations.lit_modules.ground_truth import computing_in, relative_error
@@ -119,14 +119,6 @@ def random_samples(model: PreTrainedModel, lengths: list[int], excluded: Iterabl
     if len(ids) < 2:
         raise InvalidInputError(f"{type(model).__name__} has {size} token ids, and all but {len(ids)} are special: nothing to try")
     return [ids[torch.randint(len(ids), (n,), generator=generator)] for n in lengths]
-
-
-def first_position(model: PreTrainedModel) -> int:
-    """Returns the position id of a sample's first token: 0, but for RoBERTa and its kin, which count on from the padding index."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.padding_idx + 1
-    return 0
 
 
 def length_dependent_rope(model: PreTrainedModel) -> set[str]:

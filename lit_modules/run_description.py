@@ -77,14 +77,13 @@ class Elsewhere:
 
 
 def extractor_of(info: RunInfo, elsewhere: Elsewhere) -> ActivationExtractor:
-    """Makes the extractor of a run again from its description. Whether it is the same, its identity tells."""
+    """Makes the extractor of a run again from its description. Whether it is the same, its identity tells.
+
+    Raises:
+        InvalidInputError: If the model was an object without a name and none is given.
+    """
     about, identity = info.about, info.present_identity
-    model = elsewhere.model or about["model"]
-    if model is None:
-        raise InvalidInputError(
-            f"the run's model was a {identity['model_class']} in Python that has no name: save it and pass --model; or verify from "
-            "Python with exactivations.lit_modules.verify_store"
-        )
+    model = _named(elsewhere.model or about["model"], "model", identity["model_class"])
     options = ModelOptions(about["revision"], identity["dtype"], about["attn_implementation"], about["trust_remote_code"])
     return ActivationExtractor(
         model, identity["hook_points"], identity["poolings"], options=options,
@@ -96,21 +95,11 @@ def data_of(info: RunInfo, elsewhere: Elsewhere) -> TextDataModule:
     """Makes the data module of a run again from its description.
 
     Raises:
-        InvalidInputError: If the dataset was no file or name and none is given.
+        InvalidInputError: If dataset or tokenizer was an object without a name and none is given.
     """
     about, identity = info.about, info.present_identity
-    dataset = elsewhere.dataset or about["dataset"]
-    if dataset is None:
-        raise InvalidInputError(
-            f"the run's dataset was a {about['dataset_kind']} in Python, that has no name: save it and pass --dataset; or "
-            "verify from Python with exactivations.lit_modules.verify_store"
-        )
-    tokenizer = elsewhere.tokenizer or about["tokenizer"]
-    if tokenizer is None:
-        raise InvalidInputError(
-            "the run's tokenizer was an object in Python without a name: save it and pass --tokenizer; or verify from Python with "
-            "exactivations.lit_modules.verify_store"
-        )
+    dataset = _named(elsewhere.dataset or about["dataset"], "dataset", about["dataset_kind"])
+    tokenizer = _named(elsewhere.tokenizer or about["tokenizer"], "tokenizer", "tokenizer object")
     names = {"text_column": about["text_column"], "messages_column": about["messages_column"], "on_empty": about["on_empty"]}
     recorded = {f.name: identity[f.name] for f in fields(TextOptions) if f.name not in names}
     return TextDataModule(
@@ -126,3 +115,13 @@ def data_of(info: RunInfo, elsewhere: Elsewhere) -> TextDataModule:
         text=TextOptions(**recorded, **names),
         plan_options=PlanOptions(**{f.name: identity[f.name] for f in fields(PlanOptions)}),
     )
+
+
+def _named(name: str | None, what: str, kind: str) -> str:
+    """Returns a part's name, or refuses a part that has none."""
+    if name is None:
+        raise InvalidInputError(
+            f"the run's {what} was a {kind} in Python, that has no name: save it and pass --{what}; or verify from Python with "
+            "exactivations.lit_modules.verify_store"
+        )
+    return name

@@ -14,7 +14,7 @@ from torch import Tensor
 from exactivations.datamodules.plan import Plan
 from exactivations.datamodules.text import TextDataModule
 from exactivations.datamodules.tokenization import EncodedSample
-from exactivations.lit_modules.batch_proof import BatchProof, higher_than, prove
+from exactivations.lit_modules.batch_proof import BatchProof, higher_than, prove, row_of
 from exactivations.lit_modules.diagnosis import explain
 from exactivations.lit_modules.extraction import ActivationExtractor
 from exactivations.lit_modules.ground_truth import (
@@ -115,7 +115,7 @@ class SampleCheck:
             return SampleResult(sample_index, failures=failures)
         comparisons, alone = self._compare(encoded, stored)
         wrong = [compared for compared in comparisons if not compared.agrees]
-        proof = self._prove(stored, wrong, alone)
+        proof = self._prove(encoded, stored, wrong, alone)
         if wrong and proof is not None and proof.holds:
             tied = self._near_ties(encoded, sample_index, wrong)
             comparisons = [replace(compared, is_near_tie=compared.name in tied) for compared in comparisons]
@@ -132,25 +132,26 @@ class SampleCheck:
 
     def _compare(self, encoded: EncodedSample, stored: Sample) -> tuple[list[Comparison], dict[str, Tensor]]:
         """Compares all activations; returns also the rows of the sample alone without rounding, as `prove` takes them."""
-        ids, coarser = encoded.input_ids, max(self.dtype, self._run_dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        coarser = max(self.dtype, self._run_dtype, key=lambda dtype: torch.finfo(dtype).eps)
         comparisons, alone = [], {}
-        for names in self._in_parts(list(stored.activations), len(ids)):
-            points = list(dict.fromkeys(name.rpartition("/")[0] for name in names))
-            of = {self.dtype: self.truth.states(ids, self.dtype, points)}
-            for dtype in (coarser, torch.float32):
-                of[dtype] = of[dtype] if dtype in of else self.truth.states(ids, dtype, points)
+        for names in self._in_parts(list(stored.activations), len(encoded.input_ids)):
+            of = {dtype: self._rows_alone(encoded, names, dtype) for dtype in {self.dtype, coarser, torch.float32}}
             for name in names:
-                hook_point, _, pooling = name.rpartition("/")
-                rows = {dtype: pool_by_definition(of[dtype][hook_point], encoded.token_mask, pooling) for dtype in of}
                 values = stored.activations[name]
-                found = values if pooling == TOKENS else values[None]
-                compared = compare(
-                    name, stored.sample_index, found, rows[self.dtype], rows[coarser], rows[torch.float32], self._dtypes(values)
-                )
-                comparisons.append(compared)
+                true, coarse, fine = (of[dtype][name] for dtype in (self.dtype, coarser, torch.float32))
+                comparisons.append(compare(name, stored.sample_index, _as_rows(values), true, coarse, fine, self._dtypes(values)))
                 if self._run_dtype != torch.float32 or values.dtype != torch.float32:
-                    alone[name] = rows[torch.float32]
+                    alone[name] = fine
         return comparisons, alone
+
+    def _rows_alone(self, encoded: EncodedSample, names: list[str], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Returns the rows, float64 [n, D], of the sample computed alone in a dtype."""
+        states = self.truth.states(encoded.input_ids, dtype, list(dict.fromkeys(name.rpartition("/")[0] for name in names)))
+        rows = {}
+        for name in names:
+            hook_point, _, pooling = name.rpartition("/")
+            rows[name] = pool_by_definition(states[hook_point], encoded.token_mask, pooling)
+        return rows
 
     def _in_parts(self, names: list[str], n_tokens: int) -> Iterator[list[str]]:
         """Yields the names in parts whose states fit into memory together: each part takes forward passes of its own."""
@@ -161,7 +162,9 @@ class SampleCheck:
             part = set(points[first : first + size])
             yield [name for name in names if name.rpartition("/")[0] in part]
 
-    def _prove(self, stored: Sample, wrong: list[Comparison], alone: dict[str, Tensor]) -> BatchProof | None:
+    def _prove(
+        self, encoded: EncodedSample, stored: Sample, wrong: list[Comparison], alone: dict[str, Tensor]
+    ) -> BatchProof | None:
         """Computes the planned batch again: always where rounding could hide a fault, else to find where one lies.
 
         In float32 the sample alone is the proof itself, unless it fails.
@@ -170,16 +173,11 @@ class SampleCheck:
             names = list(alone)
         elif wrong and self._explained < MOST_EXPLAINED:
             names = [compared.name for compared in wrong]
-            encoded = self.data.encode_alone(stored.sample_index)
             for part in self._in_parts(names, len(encoded.input_ids)):
-                points = list(dict.fromkeys(name.rpartition("/")[0] for name in part))
-                states = self.truth.states(encoded.input_ids, higher_than(self._run_dtype), points)
-                for name in part:
-                    hook_point, _, pooling = name.rpartition("/")
-                    alone[name] = pool_by_definition(states[hook_point], encoded.token_mask, pooling)
+                alone |= self._rows_alone(encoded, part, higher_than(self._run_dtype))
         else:
             return None
-        rows = {name: values if values.ndim == 2 else values[None] for name, values in stored.activations.items() if name in names}
+        rows = {name: _as_rows(stored.activations[name]) for name in names}
         return prove(self._extractor, self.data, stored.sample_index, rows, alone, same_machine=self._same_machine)
 
     @torch.no_grad()
@@ -187,7 +185,7 @@ class SampleCheck:
         """Returns which activations lie behind a router that chose other experts for the sample in its batch than alone."""
         model, arguments = self._loaded.model, self._loaded.arguments
         ids, batch = encoded.input_ids, self.data.batch_with(sample_index)
-        row, width = int((batch.sample_index == sample_index).nonzero()[0]), batch.input_ids.shape[1]
+        row, width = row_of(batch, sample_index), batch.input_ids.shape[1]
         with evaluating(model):
             alone = chosen_experts(model, lambda: model(input_ids=ids[None].to(model.device), **arguments))
         together = chosen_experts(model, lambda: self._extractor(batch))
@@ -238,7 +236,7 @@ class SampleCheck:
         counted = encoded.token_mask.nonzero()[:, 0]
         positions = {TOKENS: torch.arange(len(encoded.input_ids)), "last": counted[-1:], "first": counted[:1]}
         states = {
-            name: StoredStates(values.reshape(-1, values.shape[-1]), positions[name.rpartition("/")[2]])
+            name: StoredStates(_as_rows(values), positions[name.rpartition("/")[2]])
             for name, values in stored.activations.items()
             if self._next_tokens.applies_to(name)
         }
@@ -246,11 +244,14 @@ class SampleCheck:
         return self._next_tokens.check(stored.sample_index, encoded.input_ids, states, dtypes)
 
 
+def _as_rows(values: Tensor) -> Tensor:
+    """Returns a sample's activation as rows [n, D]: a pooled one is a single row."""
+    return values if values.ndim == 2 else values[None]
+
+
 def _extremes(plan: Plan, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Returns the samples, of these, in which faults show soonest."""
-    batch_of_sample = np.empty_like(plan.order)
-    batch_of_sample[plan.order] = np.repeat(np.arange(plan.n_batches), np.diff(plan.batch_start))
-    batch = batch_of_sample[positions]
+    batch = plan.batch_of_sample[positions]
     lengths, sizes = plan.lengths[positions], np.diff(plan.batch_start)
     padding = plan.batch_length[batch] - lengths
     last_rows = [int(plan.batch(number)[-1]) for number in (batch[sizes[batch].argmax()], batch[sizes[batch].argmin()])]

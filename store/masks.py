@@ -15,7 +15,7 @@ from torch import Tensor
 from exactivations.store.activation_store import ActivationStore
 from exactivations.store.errors import InvalidInputError, StoreError
 from exactivations.store.mask_layout import LaidMasks, SampleTable, named
-from exactivations.store.shard import flush_to_disk
+from exactivations.store.shard import publish
 
 METADATA_KEY = b"exactivations_masks"
 FORMAT_VERSION = 1
@@ -84,9 +84,7 @@ def write_masks(path: str | Path, table: SampleTable, laid: LaidMasks, source: s
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         pq.write_table(rows, temporary, compression="zstd", write_page_checksum=True)
-        flush_to_disk(temporary)
-        temporary.replace(path)
-        flush_to_disk(path.parent)
+        publish(temporary, path)
     except (OSError, pa.ArrowException) as error:
         raise StoreError(f"cannot write {path}: {error}") from error
     finally:

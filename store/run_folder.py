@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from exactivations.store.errors import CorruptShardError, IdentityError, InvalidInputError, StoreError
-from exactivations.store.shard import flush_to_disk, open_shard, write_text_atomically
+from exactivations.store.shard import open_shard, publish, write_text_atomically
 
 FORMAT_VERSION = 2
 RUN_FILE, SAMPLES_FILE, SHARD_FOLDER, VERIFICATION_FILE = "run.json", "samples.parquet", "shards", "verification.json"
@@ -250,9 +250,7 @@ class RunFolder:
                     file.write_table(block, row_group_size=SAMPLES_BLOCK)
         except pa.ArrowNotImplementedError as error:
             raise InvalidInputError(f"a column cannot be kept in {SAMPLES_FILE}: {error}; name others with keep") from error
-        flush_to_disk(temporary)
-        temporary.replace(self.path / SAMPLES_FILE)
-        flush_to_disk(self.path)
+        publish(temporary, self.path / SAMPLES_FILE)
 
     def first_difference(self, n_samples: int, samples: Iterable[pa.Table]) -> str | None:
         """Says in what samples.parquet differs first from the samples as they are now, or None."""

@@ -106,9 +106,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     try:
         save_file(dict(tensors), temporary, metadata=header)
         temporary.chmod(0o666 & ~_UMASK)  # safetensors makes it readable by its owner only
-        flush_to_disk(temporary)
-        temporary.replace(path)
-        flush_to_disk(path.parent)
+        publish(temporary, path)
     except (OSError, SafetensorError) as error:
         raise StoreError(
             f"cannot write {path}: {error}; {_free_space(path)}. Nothing that was published is lost: "
@@ -123,6 +121,11 @@ def write_text_atomically(path: Path, text: str) -> None:
     """Writes a small text file beside its final name, flushes it to disk, and renames it: it is there whole, or as it was."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
+    publish(temporary, path)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Flushes a file that was written beside its final name to disk, and renames it."""
     flush_to_disk(temporary)
     temporary.replace(path)
     flush_to_disk(path.parent)

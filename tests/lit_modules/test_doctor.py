@@ -41,15 +41,6 @@ TRUTH = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def in_dtype(family, dtype):
     """The tiny model, loaded in a dtype as a checkpoint is (a cast would round the rotary frequencies too)."""
     if dtype == torch.float32:

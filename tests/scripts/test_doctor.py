@@ -14,15 +14,6 @@ from exactivations.store.errors import InvalidInputError
 from tests.lit_modules.models import CONFIGS, tiny_model
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Matrices this small are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_the_demo_model(capsys):
     doctor("demo", max_length=12)
     out = capsys.readouterr().out
