@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from exactivations.callbacks.host_copy import HostCopier, HostCopy
 from exactivations.callbacks.process_watch import end_with_parent
 from exactivations.callbacks.ranks import gather, wait_for_all_ranks
+from exactivations.datamodules.draw import witnesses
 from exactivations.datamodules.plan import Plan
 from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.extraction import ActivationExtractor
@@ -24,8 +25,11 @@ from exactivations.lit_modules.run_description import run_info
 from exactivations.store.batches import ActivationBatch, ActivationSpec
 from exactivations.store.errors import ExactivationsError, IdentityError, InvalidInputError, StoreError
 from exactivations.store.lock import RunLock
-from exactivations.store.run_folder import ENVIRONMENT_FIELDS, RunFolder, RunInfo
+from exactivations.store.means_file import fold
+from exactivations.store.run_folder import ENVIRONMENT_FIELDS, MEANS_FILE, RunFolder, RunInfo
 from exactivations.store.shard import ShardBuffer, write_shard
+from exactivations.store.shard_content import ShardContent
+from exactivations.store.shard_sums import MeanOptions
 from exactivations.store.verification import withdraw_passed
 
 QUEUED_BATCHES = 4  # enough that neither side waits for the other's jitter; few enough that host memory stays small
@@ -46,12 +50,24 @@ class ActivationWriter(BasePredictionWriter):
         overwrite: Remove the run that is there and start anew.
         allow_changed: Fields of the environment (torch, transformers, device_type, cpu_threads) that may differ from the run
             that is there; the change is recorded.
+        means: Means to take on the way; their sums are published with each shard, and folded at the end of the run. See
+            `RunningMean` for means without rows.
 
     Raises:
         IdentityError, LockedRunError, StoreError: In `setup`, if the folder cannot take this run.
+        InvalidInputError: In `setup`, if the extractor does not give what the means need.
     """
 
-    def __init__(self, folder: str | Path, *, overwrite: bool = False, allow_changed: tuple[str, ...] = ()) -> None:
+    keeps_rows = True
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        overwrite: bool = False,
+        allow_changed: tuple[str, ...] = (),
+        means: MeanOptions | None = None,
+    ) -> None:
         super().__init__(write_interval="batch")
         unknown = set(allow_changed) - ENVIRONMENT_FIELDS
         if unknown:
@@ -59,7 +75,7 @@ class ActivationWriter(BasePredictionWriter):
                 f"only {', '.join(sorted(ENVIRONMENT_FIELDS))} may change within a run, not {', '.join(sorted(unknown))}"
             )
         self.folder = RunFolder(folder)
-        self.overwrite, self.allow_changed = overwrite, frozenset(allow_changed)
+        self.overwrite, self.allow_changed, self.means = overwrite, frozenset(allow_changed), means
         self.info: RunInfo | None = None
         self._lock: RunLock | None = None
         self._thread: WriterThread | None = None
@@ -98,8 +114,11 @@ class ActivationWriter(BasePredictionWriter):
     def _take_folder(self, extractor: ActivationExtractor, data: TextDataModule, run_id: str, rank: "RankReport") -> None:
         extractor.load(extractor.device)
         extractor.check_fits(data)
-        specs = extractor.specs()
-        info = run_info(extractor, data, specs)
+        info = run_info(extractor, data, extractor.specs())
+        if self.means is not None:
+            self.means.check_stored(info.activations)
+            names = [] if self.means.group_column is None else data.groups(self.means.group_column).names
+            info.identity["means"] = {**self.means.to_json(), "groups": names, "keeps_rows": self.keeps_rows}
         rank.identity = info.identity
         self.folder.refuse_strangers()  # before the lock, which leaves a file
         self._lock = RunLock(self.folder.path, run_id)
@@ -116,7 +135,16 @@ class ActivationWriter(BasePredictionWriter):
         assert isinstance(pl_module, ActivationExtractor) and self.info is not None
         data: TextDataModule = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.predict
         self._copier = HostCopier(pl_module.load(pl_module.device).device, QUEUED_BATCHES)
-        self._thread = WriterThread(self.folder, self.info, data.plan, pl_module.specs())
+        self._thread = WriterThread(self.folder, self.info, data.plan, pl_module.specs(), self._content(data))
+
+    def _content(self, data: TextDataModule) -> ShardContent:
+        """Returns what is to be published of each shard."""
+        column, plan = self.means.group_column if self.means else None, data.plan
+        return ShardContent(
+            self.means,
+            None if column is None else lambda shard: data.groups(column).at(plan.samples_of(shard)),
+            None if self.keeps_rows else lambda shard: witnesses(plan, shard),
+        )
 
     def write_on_batch_end(
         self,
@@ -150,8 +178,16 @@ class ActivationWriter(BasePredictionWriter):
         """
         try:
             wait_for_all_ranks(trainer)
+            if self.means is not None and trainer.local_rank == 0:
+                self._fold()
         finally:
             self._release()
+
+    def _fold(self) -> None:
+        """Writes the means, unless shards are still in other nodes' folders."""
+        assert self.info is not None
+        if len(self.folder.published(self.info)) == self.info.n_shards:
+            fold(self.folder).write(self.folder.path / MEANS_FILE)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stops the thread. What was published stays; a shard that is not full is not published."""
@@ -181,8 +217,10 @@ class RankReport:
 class WriterThread:
     """Puts batches into their shards and publishes each shard when it is full. One thread, a bounded queue."""
 
-    def __init__(self, folder: RunFolder, info: RunInfo, plan: Plan, specs: dict[str, ActivationSpec]) -> None:
-        self._folder, self._info, self._plan, self._specs = folder, info, plan, specs
+    def __init__(
+        self, folder: RunFolder, info: RunInfo, plan: Plan, specs: dict[str, ActivationSpec], content: ShardContent
+    ) -> None:
+        self._folder, self._info, self._plan, self._specs, self._content = folder, info, plan, specs, content
         self._queue: queue.Queue[HostCopy | None] = queue.Queue(maxsize=QUEUED_BATCHES)
         self._buffer: ShardBuffer | None = None
         self._filling: int | None = None
@@ -256,7 +294,7 @@ class WriterThread:
         copy.release()
         if self._buffer.is_full:
             metadata = {"shard": shard, "fingerprint": self._info.fingerprint}
-            write_shard(self._folder.shard_path(shard), self._buffer.tensors, metadata)
+            write_shard(self._folder.shard_path(shard), self._content.of(shard, self._buffer.tensors), metadata)
             self._published.add(shard)
             self._filling = None
 

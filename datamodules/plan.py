@@ -84,6 +84,10 @@ class Plan:
         """Returns the numbers of a shard's batches."""
         return range(int(self.shard_start[shard]), int(self.shard_start[shard + 1]))
 
+    def samples_of(self, shard: int) -> IntArray:
+        """Returns the samples of a shard, in row order."""
+        return self.order[self.sample_start[shard] : self.sample_start[shard + 1]]
+
     @cached_property
     def sample_start(self) -> IntArray:
         """int64 [shards + 1], where each shard starts in `order`."""

@@ -22,6 +22,7 @@ from exactivations.datamodules.tokenization import EncodedSample, TextOptions, T
 from exactivations.store.batches import Place, TokenBatch
 from exactivations.store.errors import InvalidInputError
 from exactivations.store.run_folder import OWN_COLUMNS, SAMPLES_BLOCK
+from exactivations.store.shard_sums import Groups
 
 
 class TextDataModule(pl.LightningDataModule):
@@ -77,6 +78,7 @@ class TextDataModule(pl.LightningDataModule):
         self.text, self.plan_options = text or TextOptions(), plan_options or PlanOptions()
         self.tokenizer_processes, self.num_workers = tokenizer_processes, num_workers
         self.skip_shards: frozenset[int] = frozenset()
+        self._groups: dict[str, Groups] = {}
         self._tokenizer, self.tokenizer_revision, self.trust_remote_code = tokenizer, tokenizer_revision, trust_remote_code
 
     @cached_property
@@ -149,6 +151,19 @@ class TextDataModule(pl.LightningDataModule):
                     f"the dataset's column {name!r} has a name that the store uses itself: rename it, or keep other columns"
                 )
         return columns
+
+    def groups(self, column: str) -> Groups:
+        """Returns the group of each sample by a kept column, in dataset order.
+
+        Raises:
+            InvalidInputError: If the column is not kept, or a sample has no value in it.
+        """
+        if column not in self.columns:
+            raise InvalidInputError(f"cannot group by column {column!r}: it has to be one that is kept ({', '.join(self.columns)})")
+        if column not in self._groups:
+            values = self.full_dataset.select_columns([column])[self.tokens.sample_index][column]
+            self._groups[column] = Groups.of(list(values), self.tokens.sample_index, column)
+        return self._groups[column]
 
     @property
     def samples(self) -> pa.Table:

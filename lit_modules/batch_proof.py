@@ -15,8 +15,8 @@ from torch import Tensor
 from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.extraction import ActivationExtractor
 from exactivations.lit_modules.ground_truth import FLOAT32_TOLERANCE, computing_in, row_errors
-from exactivations.lit_modules.pooling import TOKENS
 from exactivations.store.batches import ActivationBatch, TokenBatch
+from exactivations.store.pooling_names import TOKENS
 
 LARGEST_SHARE = 4
 """In the higher precision only one in so many rows of the batch is computed: all of them would need more memory than the run."""

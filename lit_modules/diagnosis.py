@@ -12,8 +12,8 @@ from exactivations.datamodules.text import TextDataModule
 from exactivations.datamodules.tokenization import EncodedSample
 from exactivations.lit_modules.ground_truth import GroundTruth, pool_by_definition, relative_error
 from exactivations.lit_modules.hook_points import dissect, resolve_hook_points
-from exactivations.lit_modules.pooling import TOKENS
 from exactivations.store.activation_store import Sample
+from exactivations.store.pooling_names import TOKENS
 
 ALIKE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Relative error below which a row is taken for another one: rounding, and far from any two different samples."""

@@ -30,9 +30,10 @@ from exactivations.lit_modules.language_model import (
 )
 from exactivations.lit_modules.model_facts import length_dependent_rope
 from exactivations.lit_modules.next_tokens import before_the_head
-from exactivations.lit_modules.pooling import TOKENS, check_pooling, pool
+from exactivations.lit_modules.pooling import pool
 from exactivations.store.batches import ActivationBatch, ActivationSpec, TokenBatch
 from exactivations.store.errors import InvalidInputError
+from exactivations.store.pooling_names import TOKENS, check_pooling
 
 VALUES_VERSION = 1
 """Goes up when a change of this package changes the values that it extracts."""

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from exactivations.lit_modules.hook_points import HookPoint, dissect
 from exactivations.lit_modules.language_model import evaluating
-from exactivations.lit_modules.pooling import TOKENS, half_life_of
 from exactivations.store.errors import InvalidInputError
+from exactivations.store.pooling_names import TOKENS, half_life_of
 
 FLOAT32_TOLERANCE = 1e-4
 ROUNDING_FACTOR = 4.0

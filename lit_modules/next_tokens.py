@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from exactivations.lit_modules.ground_truth import computing_in, relative_error, tolerance_for
 from exactivations.lit_modules.hook_points import Anatomy, dissect
 from exactivations.lit_modules.language_model import evaluating, forward_arguments
-from exactivations.lit_modules.pooling import TOKENS
+from exactivations.store.pooling_names import TOKENS
 
 LOGIT_RANGE = 50.0  # what lies further below the largest logit has no probability; some models put -inf there
 MOST_POSITIONS = 128  # of one sample, evenly spread: each costs a row as wide as the vocabulary

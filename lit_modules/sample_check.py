@@ -4,14 +4,12 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from exactivations.datamodules.plan import Plan
+from exactivations.datamodules.draw import draw
 from exactivations.datamodules.text import TextDataModule
 from exactivations.datamodules.tokenization import EncodedSample
 from exactivations.lit_modules.batch_proof import BatchProof, higher_than, prove, row_of
@@ -27,10 +25,10 @@ from exactivations.lit_modules.ground_truth import (
 )
 from exactivations.lit_modules.language_model import evaluating
 from exactivations.lit_modules.next_tokens import NextTokenCheck, NextTokens, StoredStates
-from exactivations.lit_modules.pooling import TOKENS
 from exactivations.lit_modules.routing import chosen_experts, first_tipped_block, is_behind
 from exactivations.store.activation_store import ActivationStore, Sample
 from exactivations.store.errors import ExactivationsError
+from exactivations.store.pooling_names import TOKENS
 from exactivations.store.verification import NameFigures, NextTokenFigures, Verification
 
 MOST_EXPLAINED = 16  # failures of one rank whose cause is looked for: that costs forward passes
@@ -87,21 +85,19 @@ class SampleCheck:
         return self._loaded.no_head or "no stored state is what the model's head receives: the model changes it once more"
 
     def draw(self, shards: list[int], n: int, seed: int = 0, first: list[int] | None = None) -> list[int]:
-        """Returns indices of up to n samples in these shards: always the same ones for the same arguments.
+        """Returns indices of up to n samples in these shards: always the same ones for the same arguments; see `draw`.
 
-        The `first` ones that are in these shards come first. Up to half are those where faults show soonest (the seed says with
-        which to begin): the longest sample, the shortest, the last rows of the largest and of the smallest batch, the most padded
-        one. The others are a random choice, spread over the shards.
+        The `first` ones that are in these shards come first. Of a run that kept means only, its witnesses are drawn from.
         """
-        plan = self.data.plan
-        positions = np.flatnonzero(np.isin(plan.shard_of_sample, shards))
+        plan, index = self.data.plan, self.data.tokens.sample_index
+        inside = np.isin(plan.shard_of_sample, shards)
+        if not self.store.info.keeps_rows:
+            inside &= np.isin(index, self.store.sample_index)
+        positions = np.flatnonzero(inside)
         if not len(positions) or n < 1:
             return []
-        dice = np.random.default_rng(seed)
-        index = self.data.tokens.sample_index
         again = np.intersect1d(index[positions], first or []).tolist()
-        extremes = np.roll(_extremes(plan, positions), seed)[: -(-n // 2)]
-        chosen = [*again, *index[extremes].tolist(), *index[_spread(positions, plan.shard_of_sample[positions], dice)].tolist()]
+        chosen = [*again, *index[draw(plan, positions, n + len(again), seed)].tolist()]
         return list(dict.fromkeys(chosen))[: max(n, len(again))]
 
     def check(self, sample_index: int) -> SampleResult:
@@ -247,26 +243,6 @@ class SampleCheck:
 def _as_rows(values: Tensor) -> Tensor:
     """Returns a sample's activation as rows [n, D]: a pooled one is a single row."""
     return values if values.ndim == 2 else values[None]
-
-
-def _extremes(plan: Plan, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Returns the samples, of these, in which faults show soonest."""
-    batch = plan.batch_of_sample[positions]
-    lengths, sizes = plan.lengths[positions], np.diff(plan.batch_start)
-    padding = plan.batch_length[batch] - lengths
-    last_rows = [int(plan.batch(number)[-1]) for number in (batch[sizes[batch].argmax()], batch[sizes[batch].argmin()])]
-    extremes = [int(positions[lengths.argmax()]), int(positions[lengths.argmin()]), *last_rows]
-    return np.array(extremes + ([int(positions[padding.argmax()])] if padding.any() else []))
-
-
-def _spread(positions: npt.NDArray[np.int64], shards: npt.NDArray[Any], dice: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Returns the positions in a random order in which every shard comes before any comes twice."""
-    order = dice.permutation(len(positions))
-    by_shard = order[np.argsort(shards[order], kind="stable")]
-    starts = np.searchsorted(shards[by_shard], shards[by_shard], side="left")
-    turn = np.arange(len(by_shard)) - starts  # how many of its shard came before
-    chosen: npt.NDArray[np.int64] = positions[by_shard[np.lexsort((dice.permutation(len(by_shard)), turn))]]
-    return chosen
 
 
 def _failure(wrong: list[Comparison], n: int, proof: BatchProof | None) -> str:

@@ -11,6 +11,7 @@ from exactivations.lit_modules.extraction import ActivationExtractor
 from exactivations.lit_modules.sample_check import CheckedRun, SampleCheck, summarize
 from exactivations.store.activation_store import ActivationStore
 from exactivations.store.errors import CorruptShardError, IdentityError, InvalidInputError, StoreError
+from exactivations.store.means_file import fold, path_of
 from exactivations.store.run_folder import ENVIRONMENT_FIELDS, contents_of
 from exactivations.store.shard import verify_shard
 from exactivations.store.verification import Verification, read_verification, write_verification
@@ -55,7 +56,7 @@ def verify_store(
     if n_samples < 1:
         raise InvalidInputError(f"n_samples must be at least 1, got {n_samples}")
     started = time.monotonic()
-    store = ActivationStore(path, allow_unverified=True)
+    store = ActivationStore(path, allow_unverified=True, allow_witnesses=True)
     try:
         before = read_verification(store.folder, store.info)
     except StoreError:  # it is about to be replaced
@@ -71,7 +72,7 @@ def verify_store(
     checked = [
         f"all {store.info.n_shards} shards are there",
         f"checksums of {len(whole_shards)} shards agree",
-        f"token hashes, lengths and columns of all {len(store)} samples are those of the dataset",
+        f"token hashes, lengths and columns of all {store.info.n_samples} samples are those of the dataset",
         "model, tokenizer and options are those of the run",
         *notes,
     ]
@@ -90,6 +91,8 @@ def verify_store(
         if why_not:
             return replace(verification, checked=[*verification.checked, f"not recorded: {why_not}"])
     write_verification(store.folder, verification)
+    if verification.passed and store.info.means is not None:  # the result says whether its parts are verified
+        fold(store.folder).write(path_of(store.folder.path))
     return verification
 
 

@@ -2,5 +2,19 @@
 
 from exactivations.store.activation_store import ActivationStore, Sample, TokenBlock
 from exactivations.store.batches import ActivationBatch, ActivationSpec, Place, TokenBatch
+from exactivations.store.mean_activations import MeanActivations
+from exactivations.store.shard_sums import MeanOptions
+from exactivations.store.vectors import Vector
 
-__all__ = ["ActivationBatch", "ActivationSpec", "ActivationStore", "Place", "Sample", "TokenBatch", "TokenBlock"]
+__all__ = [
+    "ActivationBatch",
+    "ActivationSpec",
+    "ActivationStore",
+    "MeanActivations",
+    "MeanOptions",
+    "Place",
+    "Sample",
+    "TokenBatch",
+    "TokenBlock",
+    "Vector",
+]

@@ -14,7 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from exactivations.store.errors import CorruptShardError, IncompleteStoreError, InvalidInputError
+from exactivations.store.errors import CorruptShardError, IncompleteStoreError, InvalidInputError, StoreError
 from exactivations.store.run_folder import SAMPLES_FILE, RunFolder
 from exactivations.store.shard import verify_shard
 from exactivations.store.verification import refuse_unverified
@@ -62,9 +62,12 @@ class ActivationStore:
         allow_incomplete: Open a run of which shards are missing, and which is therefore not verified yet. Asking for a sample in
             one of those is still an error.
         allow_unverified: Open a run that failed its verification, or was never verified.
+        allow_witnesses: Open a run that kept means only. It is then the store of the few samples whose rows were kept so that they
+            can be computed again.
         verify_checksums: Read every shard once and compare it with its checksum before anything else.
 
     Raises:
+        StoreError: If only means were kept and that was not allowed.
         IncompleteStoreError: If shards are missing and that was not allowed.
         VerificationError: If its verification failed, or there was none, and that was not allowed.
         CorruptShardError: If a shard is truncated, renamed or (with verify_checksums) damaged; later, if a shard that is read
@@ -73,10 +76,21 @@ class ActivationStore:
     """
 
     def __init__(
-        self, path: str | Path, *, allow_incomplete: bool = False, allow_unverified: bool = False, verify_checksums: bool = False
+        self,
+        path: str | Path,
+        *,
+        allow_incomplete: bool = False,
+        allow_unverified: bool = False,
+        allow_witnesses: bool = False,
+        verify_checksums: bool = False,
     ) -> None:
         self.folder = RunFolder(path)
         self.info = self.folder.read_info()
+        if not self.info.keeps_rows and not allow_witnesses:
+            raise StoreError(
+                f"{path} keeps means, and not the rows of its samples: read it with MeanActivations.load({str(path)!r}), or "
+                "extract the rows into another folder"
+            )
         checksums = self.folder.checksums(self.info)
         self.published = set(checksums)
         missing = self.info.n_shards - len(self.published)
@@ -92,8 +106,13 @@ class ActivationStore:
                 verify_shard(self.folder.shard_path(shard))
         places = self.folder.read_samples(["sample_index", "n_tokens", "shard", "row"])
         self._present = np.isin(places.column("shard").to_numpy(), list(self.published))
+        witnesses = None if self.info.keeps_rows else self._witnesses()
+        if witnesses is not None:
+            self._present &= np.isin(places.column("sample_index").to_numpy(), list(witnesses))
         places = places.filter(pa.array(self._present))
         self._shard, self._row = places.column("shard").to_numpy(), places.column("row").to_numpy()
+        if witnesses is not None:
+            self._row = np.array([witnesses[int(i)] for i in places.column("sample_index").to_numpy()], dtype=np.int32)
         self._n_tokens = places.column("n_tokens").to_numpy()
         self.sample_index: npt.NDArray[np.int64] = places.column("sample_index").to_numpy()
         by_place = np.lexsort((self._row, self._shard))
@@ -101,6 +120,11 @@ class ActivationStore:
         self._positions = {shard: by_place[starts[shard] : starts[shard + 1]] for shard in sorted(self.published)}
         self._open: dict[int, dict[str, Tensor]] = {}
         self._ends: dict[int, npt.NDArray[np.int64]] = {}
+
+    def _witnesses(self) -> dict[int, int]:
+        """Returns the row in its shard of each sample whose rows were kept beside means."""
+        indices = {shard: self.folder.open_shard(shard, self.info)["sample_index"].tolist() for shard in sorted(self.published)}
+        return {index: row for shard in indices.values() for row, index in enumerate(shard)}
 
     def __len__(self) -> int:
         return len(self.sample_index)
@@ -259,6 +283,8 @@ class ActivationStore:
     def _why_absent(self, sample_index: int) -> str:
         if sample_index in self.info.skipped:
             return f"sample {sample_index} was skipped in extraction: its text is empty"
+        if not self.info.keeps_rows:
+            return f"the rows of sample {sample_index} were not kept: it went into the means only"
         if len(self) < self.info.n_samples:
             return f"sample {sample_index} is not in this incomplete store ({len(self)} of {self.info.n_samples} samples)"
         first, last = (self.sample_index[0], self.sample_index[-1]) if len(self) else ("none", "none")

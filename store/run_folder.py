@@ -21,6 +21,7 @@ from exactivations.store.shard import open_shard, publish, write_text_atomically
 
 FORMAT_VERSION = 2
 RUN_FILE, SAMPLES_FILE, SHARD_FOLDER, VERIFICATION_FILE = "run.json", "samples.parquet", "shards", "verification.json"
+MEANS_FILE = "means.safetensors"  # the folded result of a run that takes means
 SAMPLES_BLOCK = 8192  # rows of one row group of samples.parquet: so many are in memory at a time
 OWN_COLUMNS = ("sample_index", "n_tokens", "token_hash", "truncated", "shard", "row")
 ENVIRONMENT_FIELDS = frozenset({"torch", "transformers", "device_type", "cpu_threads"})
@@ -61,6 +62,16 @@ class RunInfo:
     def fingerprints(self) -> list[str]:
         """All fingerprints that shards of this run may carry, the present one last."""
         return [fingerprint_of(self.identity), *(change["fingerprint"] for change in self.changes)]
+
+    @property
+    def means(self) -> dict[str, Any] | None:
+        """What means are taken of, as JSON (see `MeanOptions`), with the names of the groups; None if none are."""
+        return self.identity.get("means")
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether every sample's rows are in the shards; else only sums are, and the rows of some samples as witnesses."""
+        return self.means is None or bool(self.means["keeps_rows"])
 
     @property
     def present_identity(self) -> dict[str, Any]:
@@ -293,6 +304,7 @@ class RunFolder:
 
     def _remove_content(self) -> None:
         """Removes the files of a run but run.json, and nothing else; the lock stays, since it is held."""
+        (self.path / MEANS_FILE).unlink(missing_ok=True)  # first: a result of what is gone would look whole
         for path in self.shard_folder.glob("*.safetensors"):
             if self._is_shard_path(path):
                 path.unlink()

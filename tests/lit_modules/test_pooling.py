@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jaxtyping import TypeCheckError
 
-from exactivations.lit_modules.pooling import half_life_of, pool
+from exactivations.lit_modules.pooling import pool
+from exactivations.store.pooling_names import half_life_of
 
 
 @st.composite

@@ -33,7 +33,10 @@ def own_cache(tmp_path_factory):
 def drawing(lengths, options, index=None):
     """As much of a SampleCheck as drawing needs."""
     index = np.arange(len(lengths)) if index is None else np.array(index)
-    return SimpleNamespace(data=SimpleNamespace(plan=plan(lengths, options), tokens=SimpleNamespace(sample_index=index)))
+    store = SimpleNamespace(info=SimpleNamespace(keeps_rows=True))
+    return SimpleNamespace(
+        store=store, data=SimpleNamespace(plan=plan(lengths, options), tokens=SimpleNamespace(sample_index=index))
+    )
 
 
 @st.composite
