@@ -218,9 +218,15 @@ class WriterThread:
     """Puts batches into their shards and publishes each shard when it is full. One thread, a bounded queue."""
 
     def __init__(
-        self, folder: RunFolder, info: RunInfo, plan: Plan, specs: dict[str, ActivationSpec], content: ShardContent
+        self,
+        folder: RunFolder,
+        info: RunInfo,
+        plan: Plan,
+        specs: dict[str, ActivationSpec],
+        content: ShardContent | None = None,
     ) -> None:
-        self._folder, self._info, self._plan, self._specs, self._content = folder, info, plan, specs, content
+        self._folder, self._info, self._plan, self._specs = folder, info, plan, specs
+        self._content = content or ShardContent()
         self._queue: queue.Queue[HostCopy | None] = queue.Queue(maxsize=QUEUED_BATCHES)
         self._buffer: ShardBuffer | None = None
         self._filling: int | None = None

@@ -102,9 +102,9 @@ def refuse_shortage(share: float) -> None:
         left, total, must, held = (n / 2**30 for n in (room.left, room.total, room.must_stay(share), _resident()))
         raise StoreError(
             f"stopped before {room.owner} runs out of memory: {left:.2f} GiB of {total:.2f} GiB are left "
-            f"(at least {must:.2f} GiB must stay free), this process holds {held:.2f} GiB. What was published stays: free memory and "
-            "start the same command again, and it goes on from there; or begin anew with --overwrite and a smaller --shard-tokens "
-            "or --token-budget"
+            f"(at least {must:.2f} GiB must stay free), this process holds {held:.2f} GiB. What was published stays: free memory "
+            "and start the same command again, and it goes on from there; or begin anew with --overwrite and a smaller "
+            "--shard-tokens or --token-budget"
         )
 
 

@@ -83,7 +83,7 @@ def extractor_of(info: RunInfo, elsewhere: Elsewhere) -> ActivationExtractor:
         InvalidInputError: If the model was an object without a name and none is given.
     """
     about, identity = info.about, info.present_identity
-    model = _named(elsewhere.model or about["model"], "model", identity["model_class"])
+    model = named(elsewhere.model or about["model"], "model", identity["model_class"])
     options = ModelOptions(about["revision"], identity["dtype"], about["attn_implementation"], about["trust_remote_code"])
     return ActivationExtractor(
         model, identity["hook_points"], identity["poolings"], options=options,
@@ -98,8 +98,8 @@ def data_of(info: RunInfo, elsewhere: Elsewhere) -> TextDataModule:
         InvalidInputError: If dataset or tokenizer was an object without a name and none is given.
     """
     about, identity = info.about, info.present_identity
-    dataset = _named(elsewhere.dataset or about["dataset"], "dataset", about["dataset_kind"])
-    tokenizer = _named(elsewhere.tokenizer or about["tokenizer"], "tokenizer", "tokenizer object")
+    dataset = named(elsewhere.dataset or about["dataset"], "dataset", about["dataset_kind"])
+    tokenizer = named(elsewhere.tokenizer or about["tokenizer"], "tokenizer", "tokenizer object")
     names = {"text_column": about["text_column"], "messages_column": about["messages_column"], "on_empty": about["on_empty"]}
     recorded = {f.name: identity[f.name] for f in fields(TextOptions) if f.name not in names}
     return TextDataModule(
@@ -117,7 +117,7 @@ def data_of(info: RunInfo, elsewhere: Elsewhere) -> TextDataModule:
     )
 
 
-def _named(name: str | None, what: str, kind: str) -> str:
+def named(name: str | None, what: str, kind: str) -> str:
     """Returns a part's name, or refuses a part that has none."""
     if name is None:
         raise InvalidInputError(

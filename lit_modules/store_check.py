@@ -11,7 +11,7 @@ from exactivations.lit_modules.extraction import ActivationExtractor
 from exactivations.lit_modules.sample_check import CheckedRun, SampleCheck, summarize
 from exactivations.store.activation_store import ActivationStore
 from exactivations.store.errors import CorruptShardError, IdentityError, InvalidInputError, StoreError
-from exactivations.store.means_file import fold, path_of
+from exactivations.store.means_file import fold, path_of, sums_that_differ
 from exactivations.store.run_folder import ENVIRONMENT_FIELDS, contents_of
 from exactivations.store.shard import verify_shard
 from exactivations.store.verification import Verification, read_verification, write_verification
@@ -65,6 +65,8 @@ def verify_store(
     data.setup()
     notes = _refuse_another_run(store, extractor, data)
     damaged = damaged_shards(store, sorted(store.published))
+    if store.info.means is not None:
+        damaged |= sums_that_differ(store.folder, sorted(store.published - damaged.keys()))
     check = SampleCheck(store, extractor, data, dtype, same_machine=not notes)
     whole_shards = [shard for shard in sorted(store.published) if shard not in damaged]
     drawn = check.draw(whole_shards, n_samples, seed, first=before.failed_samples if before else None)
@@ -119,7 +121,8 @@ def damaged_shards(store: ActivationStore, shards: list[int]) -> dict[int, str]:
 def _refuse_another_run(store: ActivationStore, extractor: ActivationExtractor, data: TextDataModule) -> list[str]:
     """Refuses parts that are not those of the run; returns what differs of the environment, which is only told."""
     was, now = store.info.present_identity, {**extractor.identity(), **data.identity()}
-    differing = [name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name)]
+    # What means were taken of is neither the model's nor the data's; `sums_that_differ` looks at them.
+    differing = [name for name in sorted((was.keys() | now.keys()) - {"means"}) if was.get(name) != now.get(name)]
     refused = [name for name in differing if name not in ENVIRONMENT_FIELDS]
     lines = [f"  {name}: {was.get(name)!r} there, {now.get(name)!r} now" for name in refused]
     if "dataset" in refused or not refused:

@@ -6,7 +6,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, get_args
 
 import jsonargparse
@@ -15,16 +16,30 @@ from exactivations.scripts.doctor import doctor
 from exactivations.scripts.extract import extract
 from exactivations.scripts.hook_points import hook_points
 from exactivations.scripts.import_masks import import_masks
+from exactivations.scripts.means import means_add, means_run
+from exactivations.scripts.means_compare import means_compare
+from exactivations.scripts.means_results import means_export, means_from_store, means_merge, means_show
 from exactivations.scripts.show import show
 from exactivations.scripts.verify import verify
 from exactivations.scripts.verify_alignment import verify_alignment
 
-COMMANDS: dict[str, Callable[..., Any]] = {
+CONFIGS = Path(__file__).with_name("configs")
+MEANS: dict[str, Callable[..., Any]] = {
+    "run": means_run,
+    "add": means_add,
+    "from-store": means_from_store,
+    "merge": means_merge,
+    "show": means_show,
+    "compare": means_compare,
+    "export": means_export,
+}
+COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "extract": extract,
     "verify": verify,
     "show": show,
     "hook-points": hook_points,
     "doctor": doctor,
+    "means": MEANS,
     "verify-alignment": verify_alignment,
     "import-masks": import_masks,
 }
@@ -39,11 +54,16 @@ def main(args: list[str] | None = None) -> None:
     """
     _quieten()
     parser = command_line_parser()
-    parsed = parser.parse_args(to_parser_spelling(sys.argv[1:] if args is None else args))
-    arguments = parser.instantiate(parsed)[parsed.subcommand].as_dict()
+    parsed = parser.instantiate(parser.parse_args(to_parser_spelling(sys.argv[1:] if args is None else args)))
+    command = COMMANDS[parsed.subcommand]
+    parsed = parsed[parsed.subcommand]
+    if isinstance(command, dict):
+        command = command[parsed.subcommand]
+        parsed = parsed[parsed.subcommand]
+    arguments = parsed.as_dict()
     arguments.pop("config", None)
     try:
-        COMMANDS[parsed.subcommand](**arguments)
+        command(**arguments)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has enough of it; Python would complain once more on its way out
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,34 +83,56 @@ def main(args: list[str] | None = None) -> None:
 
 def command_line_parser() -> jsonargparse.ArgumentParser:
     """Makes the parser of all commands from their signatures, with options spelled as users expect them: --max-length."""
+    groups = {name: {"_help": "Mean vectors.", **c} if isinstance(c, dict) else c for name, c in COMMANDS.items()}
     parser = jsonargparse.auto_parser(
-        COMMANDS, as_positional=True, prog="exactivations", formatter_class=jsonargparse.DefaultHelpFormatter,
+        groups, as_positional=True, prog="exactivations", formatter_class=jsonargparse.DefaultHelpFormatter,
         description="Language-model activations that provably belong to the sample and token they are filed under.",
     )  # fmt: skip
     assert parser._subcommands_action is not None
     for name, command in parser._subcommands_action._name_parser_map.items():
-        command.usage = _usage(name)
-        for action in command._actions:
-            for option in [option for option in action.option_strings if option.startswith("--")]:
-                command._option_string_actions[option.replace("_", "-")] = action
-            action.option_strings = [option.replace("_", "-") for option in action.option_strings if not option.endswith("+")]
+        inner = command._subcommands_action._name_parser_map if command._subcommands_action is not None else {(): command}
+        for inner_name, leaf in inner.items():
+            _respell(leaf, [name, *([inner_name] if inner_name else [])])
     return parser
 
 
-def _usage(name: str) -> str:
+def _respell(command: jsonargparse.ArgumentParser, path: list[str]) -> None:
+    """Gives a command a short usage, and spells its options as users expect them: --max-length."""
+    command.usage = _usage(path)
+    for action in command._actions:
+        for option in [option for option in action.option_strings if option.startswith("--")]:
+            command._option_string_actions[option.replace("_", "-")] = action
+        action.option_strings = [option.replace("_", "-") for option in action.option_strings if not option.endswith("+")]
+
+
+def _usage(path: list[str]) -> str:
     """Returns one line with what must be given; the options themselves are listed further down in the help."""
-    required = [p for p in inspect.signature(COMMANDS[name]).parameters.values() if p.default is p.empty]
+    required = [p for p in inspect.signature(_command_at(path)).parameters.values() if p.default is p.empty]
     words = [f"--{p.name} {p.name.upper()}" if p.kind is p.KEYWORD_ONLY else p.name for p in required]
-    return f"exactivations {name} {' '.join(words)} [options]"
+    return f"exactivations {' '.join([*path, *words])} [options]"
+
+
+def _command_at(path: list[str]) -> Callable[..., Any]:
+    command = COMMANDS[path[0]]
+    return command[path[1]] if isinstance(command, dict) else command
 
 
 def to_parser_spelling(args: list[str]) -> list[str]:
-    """Translates `--layers 1 3` to `--layers=[1, 3]`, and a bare `--overwrite` to `--overwrite=true`, for the parser."""
+    """Translates `--layers 1 3` to `--layers=[1, 3]`, and a bare `--overwrite` to `--overwrite=true`, for the parser.
+
+    `means MODEL` is short for `means run MODEL`, and `--config NAME` for a configuration that is shipped under that name.
+    """
     args = [arg.replace("--print-config", "--print_config") for arg in args]
-    command = next((arg for arg in args if arg in COMMANDS), None)
-    if command is None:
+    place = next((place for place, arg in enumerate(args) if arg in COMMANDS), None)
+    if place is None:
         return args
-    annotations = {name: p.annotation for name, p in inspect.signature(COMMANDS[command]).parameters.items()}
+    group = COMMANDS[args[place]]
+    if isinstance(group, dict):
+        if args[place + 1 :] and args[place + 1] not in {*group, "-h", "--help"}:
+            args.insert(place + 1, "run")
+        if not args[place + 1 :] or args[place + 1] not in group:
+            return args
+    annotations = {name: p.annotation for name, p in _parameters_of(args[place : place + 2]).items()}
     out: list[str] = []
     rest = list(args)
     while rest:
@@ -101,7 +143,9 @@ def to_parser_spelling(args: list[str]) -> list[str]:
             rest.insert(0, value)
         annotation = annotations.get(arg.removeprefix("--").replace("-", "_")) if arg.startswith("--") else None
         values: list[str] = []
-        if annotation is bool:
+        if arg == "--config" and rest:
+            out.append(f"{arg}={_config(rest.pop(0))}")
+        elif annotation is bool:
             if rest and rest[0].lower() in ("true", "false"):
                 values = [rest.pop(0).lower()]
             out.append(f"{arg}={values[0] if values else 'true'}")
@@ -114,6 +158,15 @@ def to_parser_spelling(args: list[str]) -> list[str]:
         else:
             out.append(f"{arg}={rest.pop(0)}" if attached else arg)
     return out
+
+
+def _parameters_of(words: list[str]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(_command_at(words)).parameters
+
+
+def _config(name: str) -> str:
+    shipped = CONFIGS / f"{name}.yaml"
+    return str(shipped) if not Path(name).exists() and shipped.is_file() else name
 
 
 def _literals(annotation: Any) -> set[str]:

@@ -32,28 +32,37 @@ def verify(
         split: Its split, likewise.
         tokenizer: The run's tokenizer, likewise.
     """
-    import torch
-
     from exactivations.lit_modules.language_model import DTYPES
     from exactivations.lit_modules.run_description import Elsewhere, data_of, extractor_of
     from exactivations.lit_modules.store_check import verify_store
     from exactivations.scripts.verification_table import verification_table
-    from exactivations.store.errors import InvalidInputError
     from exactivations.store.run_folder import RunFolder
     from exactivations.store.verification import refuse_failed
 
     folder = RunFolder(run)
     info, elsewhere = folder.read_info(), Elsewhere(model, tokenizer, dataset, config_name, split)
-    if device != "auto" and not _is_there(device):
-        raise InvalidInputError(f"--device {device} is not here: use cpu, cuda or cuda:<number>")
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     verification = verify_store(
         run, extractor_of(info, elsewhere), data_of(info, elsewhere), n_samples=samples, seed=seed,
-        dtype=None if dtype is None else DTYPES[dtype], device=chosen,
+        dtype=None if dtype is None else DTYPES[dtype], device=chosen_device(device),
     )  # fmt: skip
     print(f"{run}: {'VERIFIED' if verification.passed else 'FAILED'}")
     print(verification_table(verification, everything=True))
     refuse_failed(folder, verification)
+
+
+def chosen_device(device: str) -> str:
+    """Returns the device that --device means.
+
+    Raises:
+        InvalidInputError: If there is no such device here.
+    """
+    import torch
+
+    from exactivations.store.errors import InvalidInputError
+
+    if device != "auto" and not _is_there(device):
+        raise InvalidInputError(f"--device {device} is not here: use cpu, cuda or cuda:<number>")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
 def _is_there(device: str) -> bool:

@@ -19,8 +19,8 @@ Shrinkage = float | Literal["ledoit-wolf"]
 class Covariance:
     """The mean and covariance of rows.
 
-    `matrix` divides by count - 1 unless told otherwise. Everything that takes a shrinkage (`shrunk`, `cholesky`, `whiten`) divides by
-    count, as scikit-learn does for every shrinkage: Ledoit and Wolf's coefficient is derived for that divisor.
+    `matrix` divides by count - 1 unless told otherwise. Everything that takes a shrinkage (`shrunk`, `cholesky`, `whiten`) divides
+    by count, as scikit-learn does for every shrinkage: Ledoit and Wolf's coefficient is derived for that divisor.
 
     Attributes:
         mean: float64 [d].
@@ -90,7 +90,8 @@ class Covariance:
         if share == 0 and self.count <= self.width:  # rounding can hide it, so that the factorization goes through
             raise InvalidInputError(f"{self._singular(share)}: so few samples span at most {self.count - 1} dimensions; {_REMEDY}")
         covariance = self.shrunk(share)
-        factor, stopped: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(covariance)
+        factor: Tensor
+        factor, stopped = torch.linalg.cholesky_ex(covariance)
         # L_ii^2 is the variance that dimension i has left when those before it are known. It is a difference of sums of up to d
         # products, so that what is below d roundings (ten times, for those in the covariance itself) is nothing but rounding.
         nothing = 10 * self.width * torch.finfo(torch.float64).eps * covariance.diagonal()
@@ -112,7 +113,8 @@ class Covariance:
             NotFiniteError: If there is inf or NaN in the rows.
         """
         deviations = _checked(rows, self.width) - self.mean
-        return torch.linalg.solve_triangular(self.cholesky(shrinkage).mT, deviations, upper=True, left=False)
+        white: Tensor = torch.linalg.solve_triangular(self.cholesky(shrinkage).mT, deviations, upper=True, left=False)
+        return white
 
     def _share(self, shrinkage: Shrinkage) -> float:
         if shrinkage == "ledoit-wolf":
@@ -122,9 +124,7 @@ class Covariance:
         return float(shrinkage)
 
     def _singular(self, share: float) -> str:
-        return (
-            f"the covariance of {self.count} samples in {self.width} dimensions, shrunk by {share:.3g}, is not positive definite"
-        )
+        return f"the covariance of {self.count} samples in {self.width} dimensions, shrunk by {share:.3g}, is not positive definite"
 
 
 _REMEDY = "pass a (larger) shrinkage, such as 0.1 or 'ledoit-wolf', or add samples"

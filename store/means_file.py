@@ -29,7 +29,10 @@ FREE_FIELDS = ENVIRONMENT_FIELDS | {
     "dataset", "n_samples", "token_budget", "shard_tokens", "padding", "max_padded_share", "hook_points", "hook_paths", "poolings",
     "float32_matmul_precision", "means",
 }  # fmt: skip
-MODEL_ABOUT = ("model", "revision", "attn_implementation", "trust_remote_code", "tokenizer", "tokenizer_revision")
+MODEL_ABOUT = (
+    "model", "revision", "attn_implementation", "trust_remote_code", "tokenizer", "tokenizer_revision", "text_column",
+    "messages_column",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -174,17 +177,56 @@ def fold_rows(folder: RunFolder, options: MeanOptions) -> MeansFile:
     if not info.keeps_rows:
         raise StoreError(f"{folder.path} keeps means only, and not the rows of its samples: run `exactivations means` for others")
     options.check_stored(info.activations)
-    groups = groups_of(folder, options)
-    start, shards = _frame(folder, info, options, groups.names if groups else [])
-    places = folder.read_samples(["shard", "row"])
-    shard_of, row_of = places.column("shard").to_numpy(), places.column("row").to_numpy()
+    rows = _Rows(folder, info, options)
+    start, shards = _frame(folder, info, options, rows.groups.names if rows.groups else [])
+    return _fold_onto(start, map(rows.sums, shards))
 
-    def sums(shard: int) -> dict[str, Moments]:
-        inside = np.flatnonzero(shard_of == shard)
-        inside = inside[np.argsort(row_of[inside])]
-        return sums_of_shard(folder.open_shard(shard, info), options, groups.at(inside) if groups else None)
 
-    return _fold_onto(start, map(sums, shards))
+def sums_that_differ(folder: RunFolder, shards: list[int]) -> dict[int, str]:
+    """Returns shards whose sums are not those of their rows (or, where rows were not kept, count other samples), with a message."""
+    info = folder.read_info()
+    assert info.means is not None, "a run that takes means"
+    rows = _Rows(folder, info, MeanOptions.from_json(info.means))
+    found = {}
+    for shard in shards:
+        there = from_tensors(folder.open_shard(shard, info))
+        if info.keeps_rows:
+            wrong = [name for name, sums in rows.sums(shard).items() if not sums.is_same(there[name])]
+        else:
+            expected = rows.counts(shard)
+            wrong = [name for name, moments in there.items() if name in expected and expected[name] != moments.count.tolist()]
+        if wrong:
+            found[shard] = f"shard {shard}: its sums of {', '.join(wrong[:3])} are not those of its samples: compute it anew"
+    return found
+
+
+class _Rows:
+    """The rows of a run's shards, and which samples they are of."""
+
+    def __init__(self, folder: RunFolder, info: RunInfo, options: MeanOptions) -> None:
+        self._folder, self._info, self._options = folder, info, options
+        self.groups = groups_of(folder, options)
+        places = folder.read_samples(["shard", "row"])
+        self._shard, self._row = places.column("shard").to_numpy(), places.column("row").to_numpy()
+
+    def samples_of(self, shard: int) -> IntArray:
+        """Returns a shard's samples, by their place in samples.parquet, in row order."""
+        inside = np.flatnonzero(self._shard == shard)
+        return inside[np.argsort(self._row[inside])]
+
+    def sums(self, shard: int) -> dict[str, Moments]:
+        """Returns the sums of a shard's rows."""
+        groups = None if self.groups is None else self.groups.at(self.samples_of(shard))
+        return sums_of_shard(self._folder.open_shard(shard, self._info), self._options, groups)
+
+    def counts(self, shard: int) -> dict[str, list[int]]:
+        """Returns how many samples the sums of a shard must count."""
+        samples = self.samples_of(shard)
+        out = {vector.name: [len(samples)] for vector in self._options.vectors}
+        if self.groups is not None:
+            by_group = np.bincount(self.groups.numbers[samples], minlength=len(self.groups.names)).tolist()
+            out |= {vector.name + GROUPS: by_group for vector in self._options.vectors}
+        return out
 
 
 def groups_of(folder: RunFolder, options: MeanOptions) -> Groups | None:
@@ -283,7 +325,7 @@ def _frame(folder: RunFolder, info: RunInfo, options: MeanOptions, groups: list[
         [part],
         {},
         hashes_as_bytes(samples.column("token_hash").to_pylist()),
-        samples.column("sample_index").to_numpy(),
+        samples.column("sample_index").to_numpy().copy(),
         np.zeros(n, dtype=np.int32),
     )
     return frame, sorted(checksums)

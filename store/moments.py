@@ -64,6 +64,14 @@ class Moments:
         between[both] = (other.mean[both] - self.mean[both]) ** 2 * share
         return Moments(count, total, self.squares + other.squares + between)
 
+    def is_same(self, other: "Moments") -> bool:
+        """Whether the other's are the same, to the last bit."""
+        if self.squares is None or other.squares is None:
+            squares_agree = self.squares is other.squares
+        else:
+            squares_agree = np.array_equal(self.squares, other.squares)
+        return squares_agree and np.array_equal(self.count, other.count) and np.array_equal(self.total, other.total)
+
     def in_bins(self, where: IntArray, n_bins: int) -> "Moments":
         """Returns the same moments in n_bins bins, bin i of these in bin where[i]; the others are empty."""
         count = np.zeros(n_bins, dtype=np.int64)

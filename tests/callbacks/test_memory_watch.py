@@ -13,6 +13,8 @@ from exactivations.store.errors import InvalidInputError, StoreError
 from tests.callbacks.conftest import content, stamps
 
 MIB, GIB = 2**20, 2**30
+# The kernel counts pages on each core by itself and adds them up now and then: its own figures differ by that much.
+SLACK = 16 * MIB
 NO_LIMIT_V1 = 9223372036854771712  # what the kernel writes: the largest whole number of pages
 
 
@@ -29,7 +31,7 @@ def tree(tmp_path, machine):
     """Makes fake /proc and /sys; returns the rooms that are found in them, after the machine's."""
 
     def tree(lines, files):
-        for name, text in {"proc/self/cgroup": "".join(line + "\n" for line in lines), **files}.items():
+        for name, text in {"proc/self/cgroup": "\n".join(lines), **files}.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(f"{text}\n")
         first, *groups = rooms(tmp_path / "proc", tmp_path / "sys")
@@ -207,9 +209,9 @@ def test_the_hosts_peak_lies_between_what_is_held_now_and_what_the_system_ever_c
     watch = MemoryWatch()
     predict(tmp_path / "run", watch)
     held = psutil.Process().memory_info().rss
-    assert held <= watch.host_peak <= psutil.virtual_memory().total
     unit = 1 if psutil.MACOS else 1024
-    assert watch.host_peak <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    ever = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    assert held - SLACK <= watch.host_peak <= ever + SLACK < psutil.virtual_memory().total
     assert watch.device_peak is None
     assert watch.in_words() == f"peak memory {watch.host_peak / GIB:.1f} GiB host"
 
@@ -220,7 +222,8 @@ def test_the_peak_is_this_programs_and_not_its_parents(tmp_path):
     (tmp_path / "self" / "status").write_text("Name:\tx\nVmPeak:\t  900 kB\nVmHWM:\t  700 kB\nVmRSS:\t  600 kB\n")
     assert peak_resident(tmp_path) == 700 * 1024
     (tmp_path / "self" / "status").write_text("Name:\tx\n")
-    assert peak_resident(tmp_path) == peak_resident(tmp_path / "nowhere") >= peak_resident() > 0
+    elsewhere = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    assert abs(peak_resident(tmp_path) - elsewhere) < SLACK and abs(peak_resident(tmp_path / "nowhere") - elsewhere) < SLACK
 
 
 def test_on_a_gpu_the_peak_is_counted_from_the_start_of_the_run(monkeypatch):

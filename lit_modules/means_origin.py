@@ -1,0 +1,77 @@
+"""The parts that means were made of, made again from their description: to add samples, and to compare texts with them."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from exactivations.datamodules.text import TextDataModule
+from exactivations.datamodules.tokenization import TextOptions
+from exactivations.lit_modules.language_model import ModelOptions
+from exactivations.lit_modules.run_description import named
+from exactivations.store.means_file import MeansFile
+from exactivations.store.pooling_names import TOKENS
+from exactivations.store.vectors import poolings_needed
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which samples of a dataset; see `TextDataModule`. Columns default to those that the means were made of."""
+
+    dataset: str | list[str]
+    config: str | None = None
+    split: str | None = None
+    text_column: str | None = None
+    messages_column: str | None = None
+    num_samples: int | None = None
+    sample_seed: int | None = None
+    on_empty: Literal["error", "skip"] = "error"
+
+
+def model_of(file: MeansFile, model: str | None = None) -> tuple[str, ModelOptions]:
+    """Returns how the model of some means is called (or lies now, if that is given) and loaded.
+
+    Raises:
+        InvalidInputError: If it was an object without a name, and none is given.
+    """
+    about, identity = file.about, file.identity
+    name = named(model or about["model"], "model", identity["model_class"])
+    return name, ModelOptions(about["revision"], identity["dtype"], about["attn_implementation"], about["trust_remote_code"])
+
+
+def hook_points_of(file: MeansFile) -> list[str]:
+    """Returns the hook points that the vectors are taken at."""
+    return list(dict.fromkeys(point for vector in file.options.vectors for point in vector.hook_points))
+
+
+def poolings_of(file: MeansFile) -> list[str]:
+    """Returns the poolings that the vectors, and means by position, are made of."""
+    needed = poolings_needed([vector.pooling for vector in file.options.vectors])
+    return [*needed, *([TOKENS] if file.options.n_positions else [])]
+
+
+def data_for(file: MeansFile, samples: Samples, tokenizer: str | None = None) -> TextDataModule:
+    """Makes a data module that tokenizes samples as those of the means were.
+
+    Raises:
+        InvalidInputError: If the tokenizer was an object without a name, and none is given.
+    """
+    about, options = file.about, file.options
+    columns: dict[str, Any] = {
+        "text_column": samples.text_column or about["text_column"],
+        "messages_column": samples.messages_column or about["messages_column"],
+        "on_empty": samples.on_empty,
+    }
+    if isinstance(samples.dataset, list):
+        columns |= {"text_column": "text", "messages_column": None}
+    recorded = {f.name: file.identity[f.name] for f in fields(TextOptions) if f.name not in columns}
+    return TextDataModule(
+        samples.dataset,
+        named(tokenizer or about["tokenizer"], "tokenizer", "tokenizer object"),
+        tokenizer_revision=about["tokenizer_revision"],
+        trust_remote_code=about["trust_remote_code"],
+        config=samples.config,
+        split=samples.split,
+        keep_columns=[options.group_column] if options.group_column else [],
+        num_samples=samples.num_samples,
+        sample_seed=samples.sample_seed,
+        text=TextOptions(**recorded, **columns),
+    )
