@@ -25,8 +25,8 @@ from exactivations.lit_modules.run_description import run_info
 from exactivations.store.batches import ActivationBatch, ActivationSpec
 from exactivations.store.errors import ExactivationsError, IdentityError, InvalidInputError, StoreError
 from exactivations.store.lock import RunLock
-from exactivations.store.means_file import fold
-from exactivations.store.run_folder import ENVIRONMENT_FIELDS, MEANS_FILE, RunFolder, RunInfo
+from exactivations.store.means_file import publish_fold
+from exactivations.store.run_folder import ENVIRONMENT_FIELDS, RunFolder, RunInfo
 from exactivations.store.shard import ShardBuffer, write_shard
 from exactivations.store.shard_content import ShardContent
 from exactivations.store.shard_sums import MeanOptions
@@ -187,7 +187,7 @@ class ActivationWriter(BasePredictionWriter):
         """Writes the means, unless shards are still in other nodes' folders."""
         assert self.info is not None
         if len(self.folder.published(self.info)) == self.info.n_shards:
-            fold(self.folder).write(self.folder.path / MEANS_FILE)
+            publish_fold(self.folder)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stops the thread. What was published stays; a shard that is not full is not published."""

@@ -48,13 +48,15 @@ def poolings_of(file: MeansFile) -> list[str]:
     return [*needed, *([TOKENS] if file.options.n_positions else [])]
 
 
-def data_for(file: MeansFile, samples: Samples, tokenizer: str | None = None) -> TextDataModule:
-    """Makes a data module that tokenizes samples as those of the means were.
+def data_for(
+    file: MeansFile, samples: Samples, tokenizer: str | None = None, keep_columns: list[str] | None = None
+) -> TextDataModule:
+    """Makes a data module that tokenizes samples as those of the means were; it keeps no columns but those named.
 
     Raises:
         InvalidInputError: If the tokenizer was an object without a name, and none is given.
     """
-    about, options = file.about, file.options
+    about = file.about
     columns: dict[str, Any] = {
         "text_column": samples.text_column or about["text_column"],
         "messages_column": samples.messages_column or about["messages_column"],
@@ -70,7 +72,7 @@ def data_for(file: MeansFile, samples: Samples, tokenizer: str | None = None) ->
         trust_remote_code=about["trust_remote_code"],
         config=samples.config,
         split=samples.split,
-        keep_columns=[options.group_column] if options.group_column else [],
+        keep_columns=keep_columns or [],
         num_samples=samples.num_samples,
         sample_seed=samples.sample_seed,
         text=TextOptions(**recorded, **columns),

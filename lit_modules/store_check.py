@@ -11,7 +11,7 @@ from exactivations.lit_modules.extraction import ActivationExtractor
 from exactivations.lit_modules.sample_check import CheckedRun, SampleCheck, summarize
 from exactivations.store.activation_store import ActivationStore
 from exactivations.store.errors import CorruptShardError, IdentityError, InvalidInputError, StoreError
-from exactivations.store.means_file import fold, path_of, sums_that_differ
+from exactivations.store.means_file import publish_fold, sums_that_differ
 from exactivations.store.run_folder import ENVIRONMENT_FIELDS, contents_of
 from exactivations.store.shard import verify_shard
 from exactivations.store.verification import Verification, read_verification, write_verification
@@ -94,7 +94,7 @@ def verify_store(
             return replace(verification, checked=[*verification.checked, f"not recorded: {why_not}"])
     write_verification(store.folder, verification)
     if verification.passed and store.info.means is not None:  # the result says whether its parts are verified
-        fold(store.folder).write(path_of(store.folder.path))
+        publish_fold(store.folder)
     return verification
 
 

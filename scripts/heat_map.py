@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from exactivations.store.similarity import mean_off_diagonal
 
 MOST_LABELS = 30  # more do not fit beside a matrix
 LONGEST_LABEL = 28
+LETTERS_AN_INCH = 11  # of a title of 11 pt
 COLOURS = "RdBu_r"  # white at 0, red above, blue below: even in lightness, and told apart by the colour-blind
 
 
@@ -51,18 +53,22 @@ def heat_maps(
     show = n <= MOST_LABELS
     side = min(max(3.4, 0.26 * n), 7.0) if show else 6.0  # inches; a row of 0.23 in holds a label of 8 pt
     room = 0.075 * max(map(len, names)) if show else 0.2
-    figure = Figure(figsize=(2 * side + room + 1.6, side + room + 1.0), dpi=150, layout="constrained")
+    figure = Figure(figsize=(2 * side + room + 1.6, side + room + 1.0), dpi=150)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)  # inches
     axes: list[Axes] = list(figure.subplots(1, 2, squeeze=False)[0])
     for number, (ax, values) in enumerate(zip(axes, (before, after), strict=True)):
-        image = _draw(ax, values, f"{titles[number]}\nmean off the diagonal: {means[number]:+.3f}")
+        title = textwrap.fill(titles[number], int(LETTERS_AN_INCH * side))
+        mean = f"{means[number]:+.3f}".replace("-", "\N{MINUS SIGN}")
+        image = _draw(ax, values, f"{title}\nmean off the diagonal: {mean}")
         if show:
-            ax.set_xticks(range(n), names, rotation=90, fontsize=8, parse_math=False)
+            ax.set_xticks(range(n), names, rotation=90 if room > 0.3 else 0, fontsize=8, parse_math=False)
             ax.set_yticks(range(n), names if number == 0 else [""] * n, fontsize=8, parse_math=False)
         else:
             ax.set_xticks([])
             ax.set_yticks([])
             ax.set_xlabel(f"{n:,} rows")
-    figure.colorbar(image, ax=axes, label="cosine", ticks=[-1, -0.5, 0, 0.5, 1], fraction=0.03, pad=0.02)
+    bar = axes[1].inset_axes((1.04, 0.0, 0.05, 1.0))  # as high as the map beside it
+    figure.colorbar(image, cax=bar, label="cosine", ticks=[-1, -0.5, 0, 0.5, 1])
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         # Without a name of its own, the software would write its version into the file.

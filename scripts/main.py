@@ -132,9 +132,16 @@ def to_parser_spelling(args: list[str]) -> list[str]:
             args.insert(place + 1, "run")
         if not args[place + 1 :] or args[place + 1] not in group:
             return args
-    annotations = {name: p.annotation for name, p in _parameters_of(args[place : place + 2]).items()}
+    parameters = _parameters_of(args[place : place + 2])
+    annotations = {name: p.annotation for name, p in parameters.items()}
+    words = 2 if isinstance(group, dict) else 1
     out: list[str] = []
-    rest = list(args)
+    configs: list[str] = []
+    rest = list(args[place + words :])
+    first = next(iter(parameters.values()))
+    if first.kind is not first.KEYWORD_ONLY and _is_list(first.annotation):  # `means merge A B`
+        n = next((n for n, arg in enumerate(rest) if arg.startswith("-")), len(rest))
+        rest[:n] = [json.dumps(rest[:n])] if n else []
     while rest:
         arg = rest.pop(0)
         attached = arg.startswith("--") and "=" in arg
@@ -143,13 +150,13 @@ def to_parser_spelling(args: list[str]) -> list[str]:
             rest.insert(0, value)
         annotation = annotations.get(arg.removeprefix("--").replace("-", "_")) if arg.startswith("--") else None
         values: list[str] = []
-        if arg == "--config" and rest:
-            out.append(f"{arg}={_config(rest.pop(0))}")
+        if arg == "--config" and rest:  # first, so that whatever else is given takes the place of what it says
+            configs.append(f"{arg}={_config(rest.pop(0))}")
         elif annotation is bool:
             if rest and rest[0].lower() in ("true", "false"):
                 values = [rest.pop(0).lower()]
             out.append(f"{arg}={values[0] if values else 'true'}")
-        elif any(str(kind).startswith("list[") for kind in (annotation, *get_args(annotation))):
+        elif _is_list(annotation):
             while rest and not rest[0].startswith("--"):
                 values.append(rest.pop(0))
             plain = len(values) == 1 and (values[0].startswith("[") or values[0] in _literals(annotation))
@@ -157,7 +164,11 @@ def to_parser_spelling(args: list[str]) -> list[str]:
             out.append(f"{arg}={values[0] if plain else json.dumps([int(v) for v in values] if numbers else values)}")
         else:
             out.append(f"{arg}={rest.pop(0)}" if attached else arg)
-    return out
+    return [*args[: place + words], *configs, *out]
+
+
+def _is_list(annotation: Any) -> bool:
+    return any(str(kind).startswith("list[") for kind in (annotation, *get_args(annotation)))
 
 
 def _parameters_of(words: list[str]) -> Mapping[str, inspect.Parameter]:

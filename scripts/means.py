@@ -207,7 +207,7 @@ def means_add(
         accelerator: auto, gpu or cpu.
         num_nodes: Nodes; start the same command on each.
         cpu_threads: Threads of each process on a CPU.
-        verify_samples: See `means run`.
+        verify_samples: Compute so many of the further samples again, alone; at least 1.
         overwrite: Remove the run that is in the folder of the added samples, and start it anew.
     """
     from exactivations.callbacks.process_watch import end_with_parent
@@ -223,10 +223,13 @@ def means_add(
     from exactivations.store.means_file import add, duplicates, hashes_as_bytes, in_words, path_of, read_means
     from exactivations.store.run_folder import RunFolder
 
+    if verify_samples < 1:
+        raise InvalidInputError("--verify-samples must be at least 1: a result with unverified samples in it would be refused")
     before, path = read_means(result), path_of(result)
     folder = Path(out) if out else path.parent / f"added-{len(before.parts)}"
     samples = Samples(dataset, config_name, split, text_column, messages_column, num_samples, sample_seed, on_empty)
-    data = data_for(before, samples, tokenizer)
+    column = before.options.group_column
+    data = data_for(before, samples, tokenizer, [column] if column else None)
     name, options = model_of(before, model)
     reading = Reading(name, options, hook_points_of(before), poolings_of(before), before.identity["store_dtype"])
     plan_data(data, load_skeleton(name, options), reading, token_budget, shard_tokens, "none", 0.05)

@@ -54,7 +54,7 @@ class Covariance:
         """The coefficient of Ledoit and Wolf (2004, "A well-conditioned estimator for large-dimensional covariance matrices").
 
         The share of the covariance's squared distance from mu I (mu: the mean variance) that is to be expected from having so few
-        rows, 0 to 1. It is `sklearn.covariance.ledoit_wolf_shrinkage`, except that rows of one dimension or all alike give 0.
+        rows, 0 to 1. It is `sklearn.covariance.ledoit_wolf_shrinkage`; rows of one dimension, or all alike, give 0.
         """
         if self.width == 1:
             return 0.0
@@ -135,7 +135,7 @@ class CovarianceAccumulator:
 
     Results of other blocks or orders agree to 1e-12 of the covariance's norm, also when the mean is 1e4 standard deviations or
     more from zero. The last bits depend on the blocks, and may depend on the number of threads of the matrix product (BLAS).
-    Memory: three matrices float64 [d, d] at most, and two copies of a block in float64.
+    Memory, in float64: up to four matrices [d, d], and three copies of a block.
 
     Args:
         width: The dimensions of a row, d.
@@ -208,6 +208,8 @@ def covariance_of(store: ActivationStore, hook_point: str, pooling: str, *, bloc
     """
     if block_rows < 1:
         raise InvalidInputError(f"block_rows must be at least 1, got {block_rows}")
+    if not store.info.keeps_rows:
+        raise InvalidInputError(f"{store.folder.path} keeps means and a few rows only: a covariance needs the rows of all samples")
     name = store._name(hook_point, pooling, per_token=pooling == "tokens")
     accumulator = CovarianceAccumulator(store.info.activations[name]["width"])
     blocks = _token_blocks(store, hook_point, block_rows) if pooling == "tokens" else _pooled_blocks(store, name, block_rows)
@@ -225,7 +227,8 @@ def _token_blocks(store: ActivationStore, hook_point: str, block_rows: int) -> I
 
 def _pooled_blocks(store: ActivationStore, name: str, block_rows: int) -> Iterator[Tensor]:
     for shard in sorted(store.published):
-        yield from store.folder.open_shard(shard, store.info)[name].split(block_rows)
+        rows = store._tensors(shard)[name]  # held against samples.parquet there
+        yield from (rows[start : start + block_rows] for start in range(0, len(rows), block_rows))
 
 
 def _checked(rows: Tensor, width: int, before: int = 0) -> Float64[Tensor, "n d"]:

@@ -59,9 +59,10 @@ class MeanActivations:
         file = read_means(result)
         unverified = [part for part in file.parts if not part.verified]
         if unverified and not allow_unverified:
+            remedy = f"Verify the run (exactivations verify {result})" if len(file.parts) == 1 else "Verify that run, join it anew"
             raise VerificationError(
                 f"the means in {result} are not verified: of the {unverified[0].n_samples:,} samples of {unverified[0].dataset} "
-                f"none was computed again alone. Verify the run (exactivations verify {result}), or pass allow_unverified=True"
+                f"none was computed again alone and agreed. {remedy}, or pass allow_unverified=True"
             )
         return cls(file)
 
@@ -97,10 +98,9 @@ class MeanActivations:
         """Returns a mean, float32 [d].
 
         Raises:
-            InvalidInputError: If there is no such vector or group, or the group has no samples.
+            InvalidInputError: If there is no such vector or group.
         """
-        moments, bin_ = self._moments(name, group)
-        return torch.from_numpy(moments.mean[bin_]).float()
+        return torch.from_numpy(self._mean64(name, group)).float()
 
     def normalised(self, name: str, group: str | None = None) -> Tensor:
         """Returns a mean divided by its Euclidean norm, float32 [d]."""
@@ -138,7 +138,12 @@ class MeanActivations:
         """
         refuse_another_origin(self.file.identity, store.info.present_identity, str(store.folder.path))
         vector = self.vector(name)
-        held = {f"{point}/{pooling}" for point in vector.hook_points for pooling in vector.poolings} & set(store.names)
+        needed = {f"{point}/{pooling}" for point in vector.hook_points for pooling in vector.poolings}
+        held = needed & set(store.names)
+        if held != needed:
+            raise InvalidInputError(
+                f"{name} is made of {', '.join(sorted(needed))}; {store.folder.path} holds {', '.join(store.names)}"
+            )
         return torch.from_numpy(vector.rows({source: store.pooled(*source.rsplit("/", 1)) for source in sorted(held)}))
 
     def cosine(self, rows: Tensor, name: str, group: str | None = None) -> Tensor:
@@ -168,7 +173,8 @@ class MeanActivations:
     def centre_by_position(self, rows: Tensor, name: str, n_counted: Tensor, *, min_count: int = MIN_COUNT) -> Centred:
         """Subtracts from each pooled row [n, d] what its pooling makes of the means by position: pool(x) - pool(mean).
 
-        By linearity this is pool(x - mean), without the states of the tokens.
+        By linearity this is pool(x - mean), without the states of the tokens. A pooling with a half-life weighs every token, if
+        ever so little: a sample longer than the positions that were kept is refused.
 
         Args:
             rows: Rows of a vector.
@@ -217,7 +223,7 @@ class MeanActivations:
                 f"token_mask and n_tokens must be of {len(out)} tokens, got {list(token_mask.shape)} and {int(n_tokens.sum())}"
             )
         ends = np.cumsum(n_tokens.numpy())
-        for sample, (start, end) in enumerate(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True)):
+        for sample, (start, end) in enumerate(zip((ends - n_tokens.numpy()).tolist(), ends.tolist(), strict=True)):
             counted = start + np.flatnonzero(token_mask[start:end].numpy())[::-1]
             used = np.ones(len(counted), dtype=bool)
             self._refuse_thin(moments, used, place, min_count, f"sample {sample} of these ({len(counted)} tokens that count)")
@@ -239,12 +245,14 @@ class MeanActivations:
         self.vector(name)
         if group is None:
             return self.file.sums[name], 0
-        if group not in self.groups:
-            raise InvalidInputError(f"there is no group {group!r}; there are {', '.join(self.groups) or 'none'}")
+        if group not in self.groups:  # every group that is listed has samples
+            raise InvalidInputError(f"there is no group {group!r}; there are {', '.join(map(repr, self.groups)) or 'none'}")
         return self.file.sums[name + GROUPS], self.groups.index(group)
 
     def _mean64(self, name: str, group: str | None) -> FloatArray:
         moments, bin_ = self._moments(name, group)
+        if not moments.count[bin_]:
+            raise InvalidInputError(f"{_of(name, group)} has no samples")
         mean: FloatArray = moments.mean[bin_]
         return mean
 
@@ -261,11 +269,13 @@ class MeanActivations:
                 f"{whose} reaches position {int(np.flatnonzero(used)[-1])} from the end of {place}, means are kept of "
                 f"{len(moments.count)} positions (0 to {len(moments.count) - 1}): take more --positions, or cut the sample"
             )
-        thin: IntArray = np.flatnonzero(used & (moments.count[: len(used)] < min_count))
+        reach = min(len(used), len(moments.count))
+        thin: IntArray = np.flatnonzero(used[:reach] & (moments.count[:reach] < max(min_count, 1)))
         if len(thin):
             raise InvalidInputError(
                 f"position {int(thin[0])} from the end of {place} has a mean of {int(moments.count[thin[0]])} tokens, at least "
-                f"{min_count} are wanted, and {whose} reaches it: take the means of more samples, cut this one, or lower min_count"
+                f"{max(min_count, 1)} are wanted, and {whose} reaches it: take the means of more samples, cut this one, or lower "
+                "min_count"
             )
 
     @staticmethod

@@ -19,7 +19,7 @@ from exactivations.store.errors import (
 from exactivations.store.moments import IntArray, Moments
 from exactivations.store.run_folder import ENVIRONMENT_FIELDS, MEANS_FILE, RunFolder, RunInfo, contents_of
 from exactivations.store.shard import open_shard, verify_shard, write_shard
-from exactivations.store.shard_sums import GROUPS, Groups, MeanOptions, from_tensors, sums_of_shard, to_tensors
+from exactivations.store.shard_sums import GROUPS, Groups, MeanOptions, from_tensors, sums_of_shard, to_tensors, unsealed
 from exactivations.store.verification import read_verification, refuse_failed
 
 FORMAT_VERSION = 1
@@ -162,7 +162,26 @@ def fold(folder: RunFolder) -> MeansFile:
     info = folder.read_info()
     assert info.means is not None, "a run that takes means"
     start, shards = _frame(folder, info, MeanOptions.from_json(info.means), info.means["groups"])
-    return _fold_onto(start, (from_tensors(folder.open_shard(shard, info)) for shard in shards))
+    return _fold_onto(start, (_sums(folder, shard, info) for shard in shards))
+
+
+def publish_fold(folder: RunFolder) -> None:
+    """Folds a complete run and writes its result; samples that were added to that before stay in it.
+
+    Raises:
+        StoreError: If others were added, and the run is no longer the one that they were added to.
+    """
+    path, own = folder.path / MEANS_FILE, fold(folder)
+    there = read_means(path) if path.is_file() else own
+    if len(there.parts) > 1:
+        part = own.parts[0]
+        if part.contents not in {known.contents for known in there.parts}:
+            raise StoreError(
+                f"{path} has samples that were added to other shards than those that are there now: move it away, start the same "
+                "command again, and add them again"
+            )
+        own = replace(there, parts=[part if known.contents == part.contents else known for known in there.parts])
+    own.write(path)
 
 
 def fold_rows(folder: RunFolder, options: MeanOptions) -> MeansFile:
@@ -189,7 +208,7 @@ def sums_that_differ(folder: RunFolder, shards: list[int]) -> dict[int, str]:
     rows = _Rows(folder, info, MeanOptions.from_json(info.means))
     found = {}
     for shard in shards:
-        there = from_tensors(folder.open_shard(shard, info))
+        there = _sums(folder, shard, info)
         if info.keeps_rows:
             wrong = [name for name, sums in rows.sums(shard).items() if not sums.is_same(there[name])]
         else:
@@ -217,7 +236,7 @@ class _Rows:
     def sums(self, shard: int) -> dict[str, Moments]:
         """Returns the sums of a shard's rows."""
         groups = None if self.groups is None else self.groups.at(self.samples_of(shard))
-        return sums_of_shard(self._folder.open_shard(shard, self._info), self._options, groups)
+        return sums_of_shard(_whole_shard(self._folder, shard, self._info), self._options, groups)
 
     def counts(self, shard: int) -> dict[str, list[int]]:
         """Returns how many samples the sums of a shard must count."""
@@ -255,7 +274,7 @@ def add(result: MeansFile, folder: RunFolder, *, allow_duplicates: bool = False)
     where = np.array([start.groups.index(name) for name in frame.groups], dtype=np.int64)
 
     def sums(shard: int) -> dict[str, Moments]:
-        return _regrouped(from_tensors(folder.open_shard(shard, info)), where, len(start.groups))
+        return _regrouped(_sums(folder, shard, info), where, len(start.groups))
 
     return _fold_onto(start, map(sums, shards))
 
@@ -329,6 +348,16 @@ def _frame(folder: RunFolder, info: RunInfo, options: MeanOptions, groups: list[
         np.zeros(n, dtype=np.int32),
     )
     return frame, sorted(checksums)
+
+
+def _sums(folder: RunFolder, shard: int, info: RunInfo) -> dict[str, Moments]:
+    return unsealed(folder.open_shard(shard, info), folder.shard_path(shard))
+
+
+def _whole_shard(folder: RunFolder, shard: int, info: RunInfo) -> dict[str, Tensor]:
+    """Returns a shard's tensors after comparing them with their checksum: a result lives on without its shards."""
+    verify_shard(folder.shard_path(shard))
+    return folder.open_shard(shard, info)
 
 
 def _join(ours: MeansFile, other: MeansFile, allow_duplicates: bool) -> MeansFile:

@@ -106,7 +106,9 @@ def _sum(rows: FloatArray, about: FloatArray | None = None) -> FloatArray:
     for start in range(0, len(rows), ROWS_AT_ONCE):
         block = rows[start : start + ROWS_AT_ONCE]
         values = block if about is None else (block - about) ** 2
-        # A reduction over the first axis adds whole rows one after the other, whatever the number of threads.
-        total[0] = np.add.reduce(np.concatenate([total, values]), axis=0)
+        block = np.ascontiguousarray(np.concatenate([total, values]))
+        # A reduction over the first axis adds whole rows one after the other, whatever the number of threads; but a single column
+        # lies together in memory, and is added in pairs. Accumulating never does that, and is slow for many columns.
+        total[0] = np.add.reduce(block, axis=0) if block.shape[1] > 1 else np.add.accumulate(block, axis=0)[-1]
     out: FloatArray = total[0]
     return out

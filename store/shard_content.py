@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from exactivations.store.moments import IntArray
-from exactivations.store.shard_sums import Groups, MeanOptions, sums_of_shard, to_tensors
+from exactivations.store.shard_sums import Groups, MeanOptions, sealed, sums_of_shard, to_tensors
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class ShardContent:
         if self.means is None:
             return rows
         groups = None if self.groups_of is None else self.groups_of(shard)
-        return rows | to_tensors(sums_of_shard(tensors, self.means, groups))
+        return rows | sealed(to_tensors(sums_of_shard(tensors, self.means, groups)))
 
 
 def rows_of(tensors: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """Returns a shard of these rows int64 [m] only, and of their tokens."""
+    """Returns a shard of these rows int64 [m], ascending, only, and of their tokens."""
     n_tokens = tensors["n_tokens"].long()
     owner = torch.repeat_interleave(torch.arange(len(n_tokens)), n_tokens)
     tokens = torch.isin(owner, rows).nonzero()[:, 0]

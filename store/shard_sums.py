@@ -2,17 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from exactivations.store.errors import InvalidInputError
+from exactivations.store.errors import CorruptShardError, InvalidInputError
 from exactivations.store.moments import FloatArray, IntArray, Moments
+from exactivations.store.shard import checksum
 from exactivations.store.vectors import Vector, mean_over
 
 PREFIX, GROUPS, POSITIONS = "sums/", "@groups", "@positions"
+CHECKSUM = "sums_checksum"
 MOST_GROUPS = 1024  # every shard holds sums for each
 
 
@@ -35,6 +38,8 @@ class MeanOptions:
         names = [vector.name for vector in self.vectors]
         if not names or len(set(names)) != len(names):
             raise InvalidInputError(f"means need vectors, each named once, got {names}")
+        if not all(vector.hook_points for vector in self.vectors):
+            raise InvalidInputError(f"every vector needs hook points, got {names}")
         if self.n_positions < 0:
             raise InvalidInputError(f"n_positions must be at least 0, got {self.n_positions}")
 
@@ -90,12 +95,14 @@ class Groups:
         absent = [int(i) for i, value in zip(sample_index, values, strict=True) if value is None]
         if absent:
             raise InvalidInputError(f"sample {absent[0]} has no value in column {column!r} ({len(absent)} samples have none)")
-        names, numbers = np.unique(np.array([str(value) for value in values], dtype=object).astype(str), return_inverse=True)
+        texts = [str(value) for value in values]  # no numpy array of text: it drops a NUL at the end, and is as wide as the longest
+        names = sorted(set(texts))
         if len(names) > MOST_GROUPS:
             raise InvalidInputError(
                 f"column {column!r} has {len(names):,} different values, means are kept for {MOST_GROUPS:,} at most: is it a label?"
             )
-        return cls(names.tolist(), numbers.astype(np.int64))
+        number = {name: i for i, name in enumerate(names)}
+        return cls(names, np.array([number[text] for text in texts], dtype=np.int64))
 
 
 def sums_of_shard(tensors: Mapping[str, Tensor], options: MeanOptions, groups: Groups | None) -> dict[str, Moments]:
@@ -140,6 +147,30 @@ def to_tensors(sums: Mapping[str, Moments]) -> dict[str, Tensor]:
     for name, moments in sums.items():
         arrays |= {f"{name}/count": moments.count, f"{name}/total": moments.total, f"{name}/squares": moments.squares}
     return {f"{PREFIX}{name}": torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items() if a is not None}
+
+
+def sealed(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of sums with a checksum of their own: they are read without all the rows that may lie beside them."""
+    return {**sums, CHECKSUM: _checksum(sums)}
+
+
+def unsealed(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Moments]:
+    """Returns the moments that a shard holds, if they are what was written.
+
+    Raises:
+        CorruptShardError: If a bit differs.
+    """
+    sums = {name: values for name, values in tensors.items() if name.startswith(PREFIX)}
+    if CHECKSUM not in tensors or not torch.equal(tensors[CHECKSUM], _checksum(sums)):
+        raise CorruptShardError(
+            f"{path} is damaged: its sums are not what was written. Delete it and start the run again: only what it held is "
+            "computed anew"
+        )
+    return from_tensors(sums)
+
+
+def _checksum(sums: Mapping[str, Tensor]) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(checksum(sums, {}))), dtype=torch.uint8)
 
 
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Moments]:

@@ -63,11 +63,11 @@ def test_both_are_on_the_scale_from_minus_one_to_one(tmp_path):
 @pytest.mark.parametrize("n", [6, 40])
 def test_drawing_touches_no_state_of_pyplot(tmp_path, n):
     code = (
-        "import sys, torch, matplotlib; before = dict(matplotlib.rcParams)\n"
+        "import sys, torch, matplotlib; before = matplotlib.rcParams.copy()\n"
         "from exactivations.scripts.heat_map import heat_maps\n"
         f"heat_maps(torch.eye({n}), torch.eye({n}), {str(tmp_path / 'x.png')!r}, titles=('a', 'b'))\n"
         "assert 'matplotlib.pyplot' not in sys.modules\n"
-        "assert before == dict(matplotlib.rcParams)\n"
+        "assert list(before.items()) == list(matplotlib.rcParams.copy().items())\n"
     )
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], check=False, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

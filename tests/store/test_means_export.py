@@ -255,7 +255,7 @@ def test_other_formats_are_refused(means, tmp_path, name):
         ({"what": "difference"}, "name two groups, got None"),
         ({"what": "normalised-difference", "groups": ("good", "good")}, "name two groups"),
         ({"groups": ("good", "bad")}, "leave them out"),
-        ({"what": "difference", "groups": ("good", "evil")}, "no group 'evil'; there are bad, good"),
+        ({"what": "difference", "groups": ("good", "evil")}, "no group 'evil'; there are 'bad', 'good'"),
         ({"names": ["embed/mean"]}, "there is no mean of embed/mean; there are means of resid_post.3/mean"),
         ({"names": []}, r"each once.*got \[\]"),
         ({"names": ["resid_post.3/mean"] * 2}, "each once"),
@@ -277,7 +277,7 @@ def test_what_has_no_direction_or_no_value_is_refused(tmp_path):
         export_means(made(("resid_post.1", "mean"), rows=np.zeros((6, WIDTH))), tmp_path / "x.npz", what="normalised")
     with refuses("the mean of resid_post.1/mean is inf at dimension 0.*float32"):
         export_means(made(("resid_post.1", "mean"), rows=np.full((6, WIDTH), 1e300)), tmp_path / "x.npz")
-    with refuses("is nan at dimension 0: a group without samples"):
+    with refuses("group ugly of resid_post.1/mean has no samples"):
         empty = made(("resid_post.1", "mean"), groups=("bad", "good", "ugly"))
         export_means(empty, tmp_path / "x.npz", what="difference", groups=("good", "ugly"))
     assert [path.name for path in tmp_path.iterdir()] == ["zero.npz"]

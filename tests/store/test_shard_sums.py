@@ -16,7 +16,7 @@ from exactivations.store.errors import InvalidInputError
 from exactivations.store.moments import Moments
 from exactivations.store.shard import ShardBuffer, open_shard, write_shard
 from exactivations.store.shard_content import ShardContent, rows_of
-from exactivations.store.shard_sums import MOST_GROUPS, Groups, MeanOptions, from_tensors, sums_of_shard, to_tensors
+from exactivations.store.shard_sums import MOST_GROUPS, Groups, MeanOptions, from_tensors, sums_of_shard, to_tensors, unsealed
 from exactivations.store.vectors import Vector, poolings_needed, vectors_of
 
 WIDTH = 3
@@ -388,7 +388,7 @@ def test_sums_come_back_from_a_file_bit_for_bit_beside_rows(tmp_path):
     sums = sums_of_shard(tensors, options, groups)
     content = ShardContent(options, lambda number: groups if number == 4 else None).of(4, tensors)
     write_shard(tmp_path / "s", content, {"shard": 4})
-    found = from_tensors(open_shard(tmp_path / "s")[0])
+    found = unsealed(open_shard(tmp_path / "s")[0], tmp_path / "s")
     assert found.keys() == sums.keys() == {
         *(f"{vector.name}{what}" for vector in (SHORT, LONG) for what in ("", "@groups")),
         *(f"{vector.place}@positions" for vector in (SHORT, LONG)),
@@ -398,7 +398,7 @@ def test_sums_come_back_from_a_file_bit_for_bit_beside_rows(tmp_path):
         assert found[name].count.tobytes() == moments.count.tobytes() and found[name].total.tobytes() == moments.total.tobytes()
         assert (found[name].squares is None) == (moments.squares is None) == name.endswith("@positions")
         assert moments.squares is None or found[name].squares.tobytes() == moments.squares.tobytes()
-    rows = {name: values for name, values in content.items() if not name.startswith("sums/")}
+    rows = {name: values for name, values in content.items() if not name.startswith("sums")}
     assert rows.keys() == tensors.keys() and all(torch.equal(rows[name], tensors[name]) for name in rows)
 
 
@@ -425,7 +425,7 @@ def test_the_rows_that_are_kept_are_exactly_those_and_their_tokens(seed, n, dtyp
 def test_sums_beside_witnesses_are_those_of_all_rows():
     tensors, options = shard(2, 20), MeanOptions((SHORT,), n_positions=3)
     content = ShardContent(options, None, lambda shard: np.array([shard, 3, 17])).of(1, tensors)
-    assert samples_of({n: v for n, v in content.items() if not n.startswith("sums/")}) == [
+    assert samples_of({n: v for n, v in content.items() if not n.startswith("sums")}) == [
         samples_of(tensors)[i] for i in (1, 3, 17)
     ]
     sums = {name: values for name, values in content.items() if name.startswith("sums/")}
