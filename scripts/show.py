@@ -11,7 +11,7 @@ def show(run: str, *, checksums: bool = False) -> None:
     from exactivations.store.activation_store import ActivationStore
     from exactivations.store.verification import read_verification
 
-    store = ActivationStore(run, allow_incomplete=True, allow_unverified=True, verify_checksums=checksums)
+    store = ActivationStore(run, allow_incomplete=True, allow_unverified=True, allow_witnesses=True, verify_checksums=checksums)
     verification = read_verification(store.folder, store.info)
     info, about = store.info, store.info.about
     missing = info.n_shards - len(store.published)
@@ -24,13 +24,18 @@ def show(run: str, *, checksums: bool = False) -> None:
     print(f"{run}: {state}{'; all checksums agree' if checksums else ''}")
     print(f"  model     {about['model'] or 'held in Python'} ({model})")
     print(f"  dataset   {dataset}{split}, column {column}")
-    print(f"  samples   {len(store):,} of {info.n_samples:,}; {about['n_truncated']:,} cut, {len(info.skipped):,} skipped as empty")
+    there = int(store.n_published_samples)
+    print(f"  samples   {there:,} of {info.n_samples:,}; {about['n_truncated']:,} cut, {len(info.skipped):,} skipped as empty")
     print(f"  tokens    {info.n_tokens:,}; {padding:.1%} padding computed, none stored")
     print(f"  shards    {len(store.published):,} of {info.n_shards:,}, {size / 1e6:,.1f} MB")
     print(f"  columns   {', '.join(store.samples.column_names)}")
+    if info.means is not None:
+        rows_kept = "beside their rows" if info.keeps_rows else f"and the rows of {len(store):,} samples as witnesses"
+        print(f"  means     of {len(info.means['vectors']):,} vectors, {rows_kept}: exactivations means show {run}")
     print("  activations")
     for name, spec in info.activations.items():
-        rows = info.n_tokens if spec["per_token"] else info.n_samples
+        n_tokens = info.n_tokens if info.keeps_rows else store.n_tokens_kept
+        rows = n_tokens if spec["per_token"] else info.n_samples if info.keeps_rows else len(store)
         print(f"    {name:<28} [{rows:,}, {spec['width']:,}] {spec['dtype']}")
     for change in info.changes:
         changes = ", ".join(f"{name} from {was} to {now}" for name, (was, now) in change["fields"].items())
@@ -45,7 +50,8 @@ def show(run: str, *, checksums: bool = False) -> None:
     else:
         what = f"{len(verification.samples)} samples, computed again alone in {verification.dtype}"
         print(f"  verified  {verification.when}: {what}, agree")
-    print(how_to_read(run, store.names[0], incomplete=bool(missing)))
+    if info.keeps_rows:
+        print(how_to_read(run, store.names[0], incomplete=bool(missing)))
 
 
 def how_to_read(run: str, name: str, *, incomplete: bool = False) -> str:

@@ -106,6 +106,7 @@ class ActivationStore:
                 verify_shard(self.folder.shard_path(shard))
         places = self.folder.read_samples(["sample_index", "n_tokens", "shard", "row"])
         self._present = np.isin(places.column("shard").to_numpy(), list(self.published))
+        self.n_published_samples = int(self._present.sum())  # those of the shards that are there, whether rows were kept or not
         witnesses = None if self.info.keeps_rows else self._witnesses()
         if witnesses is not None:
             self._present &= np.isin(places.column("sample_index").to_numpy(), list(witnesses))
@@ -240,6 +241,11 @@ class ActivationStore:
             },
             split=datasets.NamedSplit("activations"),
         )
+
+    @property
+    def n_tokens_kept(self) -> int:
+        """Tokens of the samples that this store can give."""
+        return int(self._n_tokens.sum())
 
     @property
     def _has_tokens(self) -> bool:

@@ -91,6 +91,9 @@ def test_show_tells_what_is_there(made, capsys):
     told = capsys.readouterr().out
     assert re.search(r"resid_post.3/long +640 ", told) and "groups by label: False (12), True (12)" in told
     assert "24 samples of" in told and "positions" in told and "NOT VERIFIED" not in told
+    main(["show", str(made / "means")])
+    told = capsys.readouterr().out
+    assert "samples   24 of 24" in told and re.search(r"means +of 4 vectors, and the rows of \d+ samples as witnesses", told)
 
 
 @pytest.mark.parametrize("what", [["--texts", SAMPLES[3]["text"], SAMPLES[4]["text"]], "dataset", "store"])
