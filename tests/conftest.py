@@ -9,7 +9,8 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 from jaxtyping import install_import_hook
 
-install_import_hook("exactivations.lit_modules.pooling", "beartype.beartype")
+SHAPED = ("lit_modules.pooling", "lit_modules.logistic", "lit_modules.batched_lbfgs")
+install_import_hook([f"exactivations.{name}" for name in SHAPED], "beartype.beartype")
 
 import torch  # noqa: E402  # after the hook, so that shapes are checked
 
