@@ -25,11 +25,11 @@ from exactivations.lit_modules.run_description import run_info
 from exactivations.store.batches import ActivationBatch, ActivationSpec
 from exactivations.store.errors import ExactivationsError, IdentityError, InvalidInputError, StoreError
 from exactivations.store.lock import RunLock
-from exactivations.store.means_file import publish_fold
+from exactivations.store.means_fold import publish_fold
 from exactivations.store.run_folder import ENVIRONMENT_FIELDS, RunFolder, RunInfo
 from exactivations.store.shard import ShardBuffer, write_shard
 from exactivations.store.shard_content import ShardContent
-from exactivations.store.shard_sums import MeanOptions
+from exactivations.store.shard_sums import ArrivedSums, MeanOptions
 from exactivations.store.verification import withdraw_passed
 
 QUEUED_BATCHES = 4  # enough that neither side waits for the other's jitter; few enough that host memory stays small
@@ -117,8 +117,13 @@ class ActivationWriter(BasePredictionWriter):
         info = run_info(extractor, data, extractor.specs())
         if self.means is not None:
             self.means.check_stored(info.activations)
-            names = [] if self.means.group_column is None else data.groups(self.means.group_column).names
-            info.identity["means"] = {**self.means.to_json(), "groups": names, "keeps_rows": self.keeps_rows}
+            groups = None if self.means.group_column is None else data.groups(self.means.group_column)
+            info.identity["means"] = {
+                **self.means.to_json(),
+                "groups": [] if groups is None else groups.names,
+                "groups_digest": None if groups is None else groups.digest,
+                "keeps_rows": self.keeps_rows,
+            }
         rank.identity = info.identity
         self.folder.refuse_strangers()  # before the lock, which leaves a file
         self._lock = RunLock(self.folder.path, run_id)
@@ -178,16 +183,27 @@ class ActivationWriter(BasePredictionWriter):
         """
         try:
             wait_for_all_ranks(trainer)
-            if self.means is not None and trainer.local_rank == 0:
-                self._fold()
+            if self.means is not None:
+                self._fold(trainer)
         finally:
             self._release()
 
-    def _fold(self) -> None:
-        """Writes the means, unless shards are still in other nodes' folders."""
+    def _fold(self, trainer: pl.Trainer) -> None:
+        """Writes the means on one rank of each node, unless shards are still in other nodes' folders; all wait for them."""
         assert self.info is not None
-        if len(self.folder.published(self.info)) == self.info.n_shards:
-            publish_fold(self.folder)
+        failure: ExactivationsError | None = None
+        try:
+            if trainer.local_rank == 0 and len(self.folder.published(self.info)) == self.info.n_shards:
+                publish_fold(self.folder)
+        except ExactivationsError as error:
+            failure = error
+        except Exception as error:  # the other ranks wait for this one, whatever went wrong
+            traceback.print_exc()
+            failure = StoreError(f"rank {trainer.global_rank} could not write the means: {type(error).__name__}: {error}")
+        failures = [found for found in gather(failure) if found is not None]
+        if failures:
+            failures[0].known_to_all_ranks = True
+            raise failures[0]
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stops the thread. What was published stays; a shard that is not full is not published."""
@@ -230,6 +246,7 @@ class WriterThread:
         self._queue: queue.Queue[HostCopy | None] = queue.Queue(maxsize=QUEUED_BATCHES)
         self._buffer: ShardBuffer | None = None
         self._filling: int | None = None
+        self._arrived: ArrivedSums | None = None
         self._published: set[int] = set()
         self._error: BaseException | None = None
         self._abandoned = False
@@ -293,14 +310,18 @@ class WriterThread:
         if self._filling is None:
             self._buffer.begin(*self._plan.shard_size(shard))
             self._filling = shard
+            self._arrived = None if self._content.means is None else ArrivedSums(self._content.means)
         if self._filling != shard:  # a rank's batches come shard by shard
             raise _unfilled(self._filling)
         copy.wait()
+        if self._arrived is not None:
+            self._arrived.update(copy.batch.activations)
         self._buffer.put(copy.batch)
         copy.release()
         if self._buffer.is_full:
             metadata = {"shard": shard, "fingerprint": self._info.fingerprint}
-            write_shard(self._folder.shard_path(shard), self._content.of(shard, self._buffer.tensors), metadata)
+            content = self._content.of(shard, self._buffer.tensors, self._arrived)
+            write_shard(self._folder.shard_path(shard), content, metadata)
             self._published.add(shard)
             self._filling = None
 

@@ -20,6 +20,7 @@ from exactivations.lit_modules.sample_check import CheckedRun, SampleCheck, Samp
 from exactivations.lit_modules.store_check import damaged_shards
 from exactivations.store.activation_store import ActivationStore
 from exactivations.store.errors import ExactivationsError, InvalidInputError, StoreError, VerificationError
+from exactivations.store.means_fold import sums_that_differ, withdraw_result
 from exactivations.store.run_folder import contents_of
 from exactivations.store.verification import Verification, read_verification, refuse_failed, write_verification
 
@@ -94,7 +95,7 @@ class GroundTruthCheck(Callback):
             ),
         )  # fmt: skip
         if trainer.local_rank == 0:  # every node has its own folder, or the same one
-            self._guarded(trainer, mine, lambda: write_verification(folder, verification))
+            self._guarded(trainer, mine, lambda: self._write(verification))
         try:
             if mine.failure is not None:
                 raise mine.failure
@@ -134,6 +135,12 @@ class GroundTruthCheck(Callback):
                 f"rank {trainer.global_rank} could not verify: {type(error).__name__}: {error}. What was written stays, unverified"
             )
 
+    def _write(self, verification: Verification) -> None:
+        assert self._writer.info is not None
+        write_verification(self._writer.folder, verification)
+        if not verification.passed:
+            withdraw_result(self._writer.folder, self._writer.info)
+
     def _look(self, mine: "RankResults") -> None:
         """Notes the verdict that is there, and which shards are."""
         assert self._writer.info is not None
@@ -147,6 +154,8 @@ class GroundTruthCheck(Callback):
         shards = [shard for shard in data.plan.assign(trainer.world_size)[trainer.global_rank] if shard in store.published]
         failed = mine.before if mine.before is not None and not mine.before.passed else None
         mine.damaged = damaged_shards(store, shards) if failed is not None else {}
+        if store.info.means is not None:  # one shard's sums; their counts are looked at again for all when they are folded
+            mine.damaged |= sums_that_differ(store.folder, [shard for shard in shards if shard not in mine.damaged][:1])
         check = SampleCheck(store, extractor, data)
         n = -(-self.n_samples // trainer.world_size)
         first = failed.failed_samples if failed is not None else None

@@ -145,7 +145,7 @@ class TextDataModule(pl.LightningDataModule):
         columns = available if self.keep_columns is None else list(dict.fromkeys(self.keep_columns))
         for name in columns:
             if name not in available:
-                raise InvalidInputError(f"the dataset has no column {name!r} to keep; it has {', '.join(available)}")
+                raise InvalidInputError(f"the dataset has no column {name!r} to keep or group by; it has {', '.join(available)}")
             if name in OWN_COLUMNS:
                 raise InvalidInputError(
                     f"the dataset's column {name!r} has a name that the store uses itself: rename it, or keep other columns"

@@ -11,7 +11,7 @@ from exactivations.datamodules.text import PlannedBatches
 from exactivations.lit_modules.extraction import ActivationExtractor, check_lengths
 from exactivations.lit_modules.means_origin import Samples, data_for, model_of
 from exactivations.store.errors import InvalidInputError
-from exactivations.store.means_file import MeansFile, refuse_another_origin
+from exactivations.store.means_file import MeansFile, origin_of, refuse_another_origin
 from exactivations.store.vectors import Vector
 
 
@@ -57,7 +57,9 @@ def live_rows(
         raise InvalidInputError(f"there is no column {label_column!r}; there are {', '.join(data.full_dataset.column_names)}")
     data.setup()
     check_lengths(extractor.load(device).model, data)
-    refuse_another_origin(file.identity, {**extractor.identity(), **data.identity()}, "what is there now")
+    now = origin_of({**extractor.identity(), **data.identity()}, vector.hook_points)
+    paths = {point: path for point, path in file.identity["hook_paths"].items() if point in vector.hook_points}
+    refuse_another_origin({**file.identity, "hook_paths": paths}, now, "what is there now")
     n, batches = len(data.tokens), PlannedBatches(data.tokens, data.plan, list(range(data.plan.n_shards)))
     found: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
     counted = torch.empty(n, dtype=torch.int64)

@@ -37,7 +37,7 @@ def model_of(file: MeansFile, model: str | None = None) -> tuple[str, ModelOptio
     return name, ModelOptions(about["revision"], identity["dtype"], about["attn_implementation"], about["trust_remote_code"])
 
 
-def hook_points_of(file: MeansFile) -> list[str]:
+def points_of(file: MeansFile) -> list[str]:
     """Returns the hook points that the vectors are taken at."""
     return list(dict.fromkeys(point for vector in file.options.vectors for point in vector.hook_points))
 

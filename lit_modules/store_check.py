@@ -11,7 +11,7 @@ from exactivations.lit_modules.extraction import ActivationExtractor
 from exactivations.lit_modules.sample_check import CheckedRun, SampleCheck, summarize
 from exactivations.store.activation_store import ActivationStore
 from exactivations.store.errors import CorruptShardError, IdentityError, InvalidInputError, StoreError
-from exactivations.store.means_file import publish_fold, sums_that_differ
+from exactivations.store.means_fold import publish_fold, sums_that_differ, withdraw_result
 from exactivations.store.run_folder import ENVIRONMENT_FIELDS, contents_of
 from exactivations.store.shard import verify_shard
 from exactivations.store.verification import Verification, read_verification, write_verification
@@ -74,6 +74,7 @@ def verify_store(
     checked = [
         f"all {store.info.n_shards} shards are there",
         f"checksums of {len(whole_shards)} shards agree",
+        *(["sums of all shards are those of their samples"] if store.info.means is not None and not damaged else []),
         f"token hashes, lengths and columns of all {store.info.n_samples} samples are those of the dataset",
         "model, tokenizer and options are those of the run",
         *notes,
@@ -91,10 +92,12 @@ def verify_store(
             verification, before, torch.finfo(check.dtype).eps > torch.finfo(extractor.load(device).model.dtype).eps
         )
         if why_not:
+            if before is not None and before.passed and store.info.means is not None:
+                publish_fold(store.folder)
             return replace(verification, checked=[*verification.checked, f"not recorded: {why_not}"])
     write_verification(store.folder, verification)
-    if verification.passed and store.info.means is not None:  # the result says whether its parts are verified
-        publish_fold(store.folder)
+    if store.info.means is not None:  # the result says whether its parts are verified
+        publish_fold(store.folder) if verification.passed else withdraw_result(store.folder, store.info)
     return verification
 
 

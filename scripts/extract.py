@@ -45,6 +45,7 @@ def extract(
     cpu_threads: int | None = None,
     tokenizer_processes: int | None = None,
     verify_samples: int = 16,
+    least_free: float = 0.05,
     overwrite: bool = False,
     allow_changed: list[str] | None = None,
 ) -> None:
@@ -91,6 +92,7 @@ def extract(
         tokenizer_processes: Processes for slow tokenizers; fast ones use all cores by themselves.
         verify_samples: At the end, compute so many samples again, alone, and compare them with the store. 0 verifies nothing, and
             leaves a store that readers refuse until `exactivations verify` was run on it.
+        least_free: Stop, keeping what is published, when less than this share of the memory is left (4 GiB at most). 0: never.
         overwrite: Remove the run that is in the folder, and start anew.
         allow_changed: Of torch, transformers, device_type, cpu_threads: what may differ from the run that is being continued.
     """
@@ -129,7 +131,7 @@ def extract(
     plan_data(data, skeleton, reading, token_budget, shard_tokens, padding, max_padded_share)
     del skeleton
     writer = ActivationWriter(out, overwrite=overwrite, allow_changed=tuple(allow_changed or ()))
-    finished = predict(reading, data, writer, Machine(devices, accelerator, num_nodes, cpu_threads), verify_samples)
+    finished = predict(reading, data, writer, Machine(devices, accelerator, num_nodes, cpu_threads), verify_samples, least_free)
     if finished.is_first:
         finished.tell()
         if finished.is_whole:

@@ -139,9 +139,7 @@ def to_parser_spelling(args: list[str]) -> list[str]:
     configs: list[str] = []
     rest = list(args[place + words :])
     first = next(iter(parameters.values()))
-    if first.kind is not first.KEYWORD_ONLY and _is_list(first.annotation):  # `means merge A B`
-        n = next((n for n, arg in enumerate(rest) if arg.startswith("-")), len(rest))
-        rest[:n] = [json.dumps(rest[:n])] if n else []
+    positional: list[str] | None = [] if first.kind is not first.KEYWORD_ONLY and _is_list(first.annotation) else None
     while rest:
         arg = rest.pop(0)
         attached = arg.startswith("--") and "=" in arg
@@ -159,12 +157,20 @@ def to_parser_spelling(args: list[str]) -> list[str]:
         elif _is_list(annotation):
             while rest and not rest[0].startswith("--"):
                 values.append(rest.pop(0))
-            plain = len(values) == 1 and (values[0].startswith("[") or values[0] in _literals(annotation))
+            # A single text that starts with a bracket is a list only where it is attached, `--pooling=[mean]`, or no list of texts.
+            brackets = len(values) == 1 and values[0].startswith("[") and (attached or "list[str]" not in str(annotation))
+            plain = brackets or (len(values) == 1 and values[0] in _literals(annotation))
             numbers = "list[int]" in str(annotation) and all(value.lstrip("-").isdecimal() for value in values)
             out.append(f"{arg}={values[0] if plain else json.dumps([int(v) for v in values] if numbers else values)}")
+        elif attached:
+            out.append(f"{arg}={rest.pop(0)}")
+        elif positional is not None and not arg.startswith("-"):  # `means merge A B`
+            positional.append(arg)
         else:
-            out.append(f"{arg}={rest.pop(0)}" if attached else arg)
-    return [*args[: place + words], *configs, *out]
+            out.append(arg)
+            if positional is not None and annotation is not None and rest:
+                out.append(rest.pop(0))
+    return [*args[: place + words], *configs, *([json.dumps(positional)] if positional else []), *out]
 
 
 def _is_list(annotation: Any) -> bool:

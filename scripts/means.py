@@ -49,6 +49,7 @@ def means_run(
     cpu_threads: int | None = None,
     tokenizer_processes: int | None = None,
     verify_samples: int = 16,
+    least_free: float = 0.05,
     overwrite: bool = False,
     allow_changed: list[str] | None = None,
 ) -> None:
@@ -101,6 +102,7 @@ def means_run(
         tokenizer_processes: Processes for slow tokenizers; fast ones use all cores by themselves.
         verify_samples: At the end, compute so many samples again, alone, and compare them with what was kept of them. 0
             verifies nothing, and leaves means that are refused until `exactivations verify` was run on the folder.
+        least_free: Stop, keeping what is published, when less than this share of the memory is left (4 GiB at most). 0: never.
         overwrite: Remove the run that is in the folder, and start anew.
         allow_changed: Of torch, transformers, device_type, cpu_threads: what may differ from the run that is being continued.
     """
@@ -151,7 +153,7 @@ def means_run(
         if keep_rows
         else RunningMean(out, options, overwrite=overwrite, allow_changed=changed)
     )
-    finished = predict(reading, data, writer, Machine(devices, accelerator, num_nodes, cpu_threads), verify_samples)
+    finished = predict(reading, data, writer, Machine(devices, accelerator, num_nodes, cpu_threads), verify_samples, least_free)
     if finished.is_first:
         finished.tell()
         if finished.is_whole:
@@ -180,6 +182,7 @@ def means_add(
     num_nodes: int = 1,
     cpu_threads: int | None = None,
     verify_samples: int = 16,
+    least_free: float = 0.05,
     overwrite: bool = False,
 ) -> None:
     """Adds further samples to a result, without computing the old ones again.
@@ -208,6 +211,7 @@ def means_add(
         num_nodes: Nodes; start the same command on each.
         cpu_threads: Threads of each process on a CPU.
         verify_samples: Compute so many of the further samples again, alone; at least 1.
+        least_free: Stop, keeping what is published, when less than this share of the memory is left (4 GiB at most). 0: never.
         overwrite: Remove the run that is in the folder of the added samples, and start it anew.
     """
     from exactivations.callbacks.process_watch import end_with_parent
@@ -216,11 +220,12 @@ def means_add(
 
     from exactivations.callbacks.running_mean import RunningMean
     from exactivations.lit_modules.language_model import load_skeleton
-    from exactivations.lit_modules.means_origin import Samples, data_for, hook_points_of, model_of, poolings_of
+    from exactivations.lit_modules.means_origin import Samples, data_for, model_of, points_of, poolings_of
     from exactivations.scripts.means_table import tell_means
     from exactivations.scripts.prediction import Machine, Reading, plan_data, predict
-    from exactivations.store.errors import InvalidInputError, StoreError
-    from exactivations.store.means_file import add, duplicates, hashes_as_bytes, in_words, path_of, read_means
+    from exactivations.store.errors import InvalidInputError
+    from exactivations.store.means_file import duplicates, hashes_as_bytes, path_of, read_means
+    from exactivations.store.means_join import add_to, duplicates_in_words
     from exactivations.store.run_folder import RunFolder
 
     if verify_samples < 1:
@@ -231,20 +236,17 @@ def means_add(
     column = before.options.group_column
     data = data_for(before, samples, tokenizer, [column] if column else None)
     name, options = model_of(before, model)
-    reading = Reading(name, options, hook_points_of(before), poolings_of(before), before.identity["store_dtype"])
+    reading = Reading(name, options, points_of(before), poolings_of(before), before.identity["store_dtype"])
     plan_data(data, load_skeleton(name, options), reading, token_budget, shard_tokens, "none", 0.05)
     keys = hashes_as_bytes(data.tokens.token_hash.to_pylist())
     doubled = duplicates(before, keys)
     if len(doubled) and not allow_duplicates:
-        raise InvalidInputError(in_words(before, keys, data.tokens.sample_index, doubled))
+        raise InvalidInputError(duplicates_in_words(before, keys, data.tokens.sample_index, doubled))
     writer = RunningMean(folder, before.options, overwrite=overwrite)
-    finished = predict(reading, data, writer, Machine(devices, accelerator, num_nodes, cpu_threads), verify_samples)
+    finished = predict(reading, data, writer, Machine(devices, accelerator, num_nodes, cpu_threads), verify_samples, least_free)
     if finished.is_first:
         finished.tell()
         if finished.is_whole:
-            added = add(before, RunFolder(folder), allow_duplicates=allow_duplicates)
-            if read_means(path).parts != before.parts:
-                raise StoreError(f"{path} was changed meanwhile: start the same command again (nothing is computed twice)")
-            added.write(path)
+            add_to(path, RunFolder(folder), allow_duplicates=allow_duplicates)
             print(f"added to {path}:")
             tell_means(str(path))

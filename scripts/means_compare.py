@@ -71,9 +71,13 @@ def means_compare(
     n_counted = None
     if store is not None:
         stored = ActivationStore(store, allow_unverified=allow_unverified)
-        n = min(len(stored), num_samples or 40)
+        n = min(len(stored), 40) if num_samples is None else num_samples
+        if not 1 <= n <= len(stored):
+            raise InvalidInputError(f"{n} samples were asked for, {store} has {len(stored)}")
+        if labels is not None and labels not in stored.samples.column_names:
+            raise InvalidInputError(f"{store} has no column {labels!r}; it has {', '.join(stored.samples.column_names)}")
         chosen = torch.arange(n) if sample_seed is None else choice(len(stored), n, sample_seed)
-        rows = means.rows_of(stored, name)[chosen]
+        rows = means.rows_of(stored, name, chosen)
         index = stored.sample_index[chosen.numpy()].tolist()
         names = stored.samples.column(labels).take(chosen.numpy()).to_pylist() if labels else index
     else:
@@ -90,10 +94,12 @@ def means_compare(
     )
     to_mean, after = means.cosine(rows, name, group), means.cosine(centred.values, name, group)
     print(f"{name}: {len(rows)} samples against the mean of {means.count(name, group):,}; centred by: {centred.by}")
-    print(f"  {'sample':>8} {'cosine':>8} {'centred':>8}")
+    print(f"  {'sample':>8} {'cosine':>8} {'centred':>8}   with the mean, before and after centring")
     for row in range(min(len(rows), 10)):
-        print(f"  {index[row]:>8} {to_mean[row]:8.3f} {after[row]:8.3f}")
-    print(f"  {'mean':>8} {to_mean.mean():8.3f} {after.mean():8.3f}{f'   ({len(rows) - 10} more)' if len(rows) > 10 else ''}")
+        what = f"   {texts[row][:60]!r}" if texts is not None else f"   {names[row]}" if labels else ""
+        print(f"  {index[row]:>8} {to_mean[row]:8.3f} {after[row]:8.3f}{what}")
+    more = f"   of all {len(rows)}; 10 are shown" if len(rows) > 10 else ""
+    print(f"  {'mean':>8} {to_mean.mean():8.3f} {after.mean():8.3f}{more}")
     if len(rows) < 2:
         return
     before, behind = pairwise_cosine(rows), pairwise_cosine(centred.values)

@@ -12,6 +12,7 @@ def means_from_store(
     positions: int = 0,
     group: str | None = None,
     out: str | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Takes mean vectors of a finished store's rows: the same bits as if they had been taken while it was written.
 
@@ -23,12 +24,13 @@ def means_from_store(
         positions: Also means of the states at so many positions from the end; the store must hold tokens.
         group: A column of the store: also a mean for each of its values.
         out: The file to write. Default: means.safetensors in the run folder.
+        overwrite: Replace a result that is there.
     """
     from pathlib import Path
 
     from exactivations.scripts.means_table import tell_means
     from exactivations.store.errors import InvalidInputError
-    from exactivations.store.means_file import fold_rows
+    from exactivations.store.means_fold import fold_rows
     from exactivations.store.pooling_names import TOKENS
     from exactivations.store.run_folder import MEANS_FILE, RunFolder
     from exactivations.store.shard_sums import MeanOptions
@@ -43,6 +45,8 @@ def means_from_store(
         raise InvalidInputError(f"{run} holds tokens only, and no vector per sample: extract it with --pooling mean, say")
     options = MeanOptions(vectors_of(points, poolings, average=average_layers), group, positions)
     path = Path(out or Path(run) / MEANS_FILE)
+    if path.exists() and not overwrite:
+        raise InvalidInputError(f"{path} is there already: name another file with --out, or replace it with --overwrite")
     fold_rows(folder, options).write(path)
     tell_means(str(path))
 
@@ -59,7 +63,8 @@ def means_merge(results: list[str], *, out: str, allow_duplicates: bool = False)
 
     from exactivations.scripts.means_table import tell_means
     from exactivations.store.errors import InvalidInputError
-    from exactivations.store.means_file import merge, read_means
+    from exactivations.store.means_file import read_means
+    from exactivations.store.means_join import merge
 
     if len(results) < 2:
         raise InvalidInputError(f"merging needs at least two results, got {' '.join(results) or 'none'}")

@@ -85,7 +85,8 @@ class Finished:
         progress = self.progress
         rate = f"{progress.n_tokens / progress.seconds:,.0f} tokens/s{on_rank}, " if progress.seconds else ""
         print(f"{rate}{self.data.plan.padded_share:.1%} padding; {self.memory.in_words()}{on_rank}")
-        print(", ".join(self.extractor.specs()))
+        if self.writer.means is None:
+            print(", ".join(self.extractor.specs()))
         if self.check is None:
             print(f"not verified (--verify-samples 0): readers refuse it until you run: exactivations verify {folder.path}")
         elif self.check.verification is not None:
@@ -130,7 +131,9 @@ def plan_data(
     check_lengths(skeleton, data)
 
 
-def predict(reading: Reading, data: TextDataModule, writer: ActivationWriter, machine: Machine, verify_samples: int) -> Finished:
+def predict(
+    reading: Reading, data: TextDataModule, writer: ActivationWriter, machine: Machine, verify_samples: int, least_free: float
+) -> Finished:
     """Runs a model over planned data, with everything that watches over it.
 
     Raises:
@@ -138,7 +141,7 @@ def predict(reading: Reading, data: TextDataModule, writer: ActivationWriter, ma
     """
     if verify_samples < 0:
         raise InvalidInputError(f"--verify-samples must be at least 0 (which verifies nothing), got {verify_samples}")
-    progress, memory = TokenProgress(), MemoryWatch()
+    progress, memory = TokenProgress(), MemoryWatch(least_free)
     check = GroundTruthCheck(verify_samples) if verify_samples else None
     callbacks: list[pl.Callback] = [*([check] if check else []), writer, progress, memory]
     try:

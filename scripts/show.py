@@ -15,7 +15,7 @@ def show(run: str, *, checksums: bool = False) -> None:
     verification = read_verification(store.folder, store.info)
     info, about = store.info, store.info.about
     missing = info.n_shards - len(store.published)
-    state = "complete" if not missing else f"INCOMPLETE: {missing:,} shards are missing; the same extract command goes on"
+    state = "complete" if not missing else f"INCOMPLETE: {missing:,} shards are missing; the same command goes on"
     size = sum(store.folder.shard_path(shard).stat().st_size for shard in store.published)
     padding = 1 - info.n_tokens / info.n_computed_tokens
     dataset, column = about["dataset"] or f"a {about['dataset_kind']} in Python", about["messages_column"] or about["text_column"]
@@ -31,7 +31,8 @@ def show(run: str, *, checksums: bool = False) -> None:
     print(f"  columns   {', '.join(store.samples.column_names)}")
     if info.means is not None:
         rows_kept = "beside their rows" if info.keeps_rows else f"and the rows of {len(store):,} samples as witnesses"
-        print(f"  means     of {len(info.means['vectors']):,} vectors, {rows_kept}: exactivations means show {run}")
+        told = f": exactivations means show {run}" if not missing else ", not folded yet"
+        print(f"  means     of {len(info.means['vectors']):,} vectors, {rows_kept}{told}")
     print("  activations")
     for name, spec in info.activations.items():
         n_tokens = info.n_tokens if info.keeps_rows else store.n_tokens_kept

@@ -96,8 +96,8 @@ class ActivationStore:
         missing = self.info.n_shards - len(self.published)
         if missing and not allow_incomplete:
             raise IncompleteStoreError(
-                f"{path} is not complete: {missing} of {self.info.n_shards} shards are missing. Start the same extract command "
-                "again to finish it, or open it with allow_incomplete=True"
+                f"{path} is not complete: {missing} of {self.info.n_shards} shards are missing. Start the same command again "
+                "to finish it, or open it with allow_incomplete=True"
             )
         if not allow_unverified:
             refuse_unverified(self.folder, self.info, checksums)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from exactivations.store.activation_store import ActivationStore
 from exactivations.store.errors import InvalidInputError, VerificationError
-from exactivations.store.means_file import MeansFile, read_means, refuse_another_origin
+from exactivations.store.means_file import MeansFile, origin_of, read_means, refuse_another_origin
 from exactivations.store.moments import FloatArray, IntArray, Moments
 from exactivations.store.position_weights import position_weights
 from exactivations.store.shard_sums import GROUPS, POSITIONS
@@ -62,7 +62,8 @@ class MeanActivations:
             remedy = f"Verify the run (exactivations verify {result})" if len(file.parts) == 1 else "Verify that run, join it anew"
             raise VerificationError(
                 f"the means in {result} are not verified: of the {unverified[0].n_samples:,} samples of {unverified[0].dataset} "
-                f"none was computed again alone and agreed. {remedy}, or pass allow_unverified=True"
+                f"none was computed again alone and agreed. {remedy}, or allow it (--allow-unverified, "
+                "allow_unverified=True)"
             )
         return cls(file)
 
@@ -129,14 +130,20 @@ class MeanActivations:
         moments = self._positions(place)
         return torch.from_numpy(moments.mean).float(), torch.from_numpy(moments.count)
 
-    def rows_of(self, store: ActivationStore, name: str) -> Tensor:
+    def rows_of(self, store: ActivationStore, name: str, places: Tensor | None = None) -> Tensor:
         """Returns a vector of every sample of a store, float64 [n, d], in the order of its `sample_index`.
+
+        Args:
+            store: The store.
+            name: The vector.
+            places: int64 [m], only of the samples at these places in `sample_index`.
 
         Raises:
             IdentityError: If the store is of another model, tokenizer, dtype or text option.
             InvalidInputError: If it does not hold what the vector is made of.
         """
-        refuse_another_origin(self.file.identity, store.info.present_identity, str(store.folder.path))
+        there = origin_of(store.info.present_identity, self.file.identity["hook_paths"])
+        refuse_another_origin(self.file.identity, there, str(store.folder.path))
         vector = self.vector(name)
         needed = {f"{point}/{pooling}" for point in vector.hook_points for pooling in vector.poolings}
         held = needed & set(store.names)
@@ -144,7 +151,10 @@ class MeanActivations:
             raise InvalidInputError(
                 f"{name} is made of {', '.join(sorted(needed))}; {store.folder.path} holds {', '.join(store.names)}"
             )
-        return torch.from_numpy(vector.rows({source: store.pooled(*source.rsplit("/", 1)) for source in sorted(held)}))
+        rows = {source: store.pooled(*source.rsplit("/", 1)) for source in sorted(held)}
+        if places is not None:
+            rows = {source: values[places] for source, values in rows.items()}
+        return torch.from_numpy(vector.rows(rows))
 
     def cosine(self, rows: Tensor, name: str, group: str | None = None) -> Tensor:
         """Returns the cosine of each row [n, d] to a mean, float32 [n].
@@ -275,7 +285,7 @@ class MeanActivations:
             raise InvalidInputError(
                 f"position {int(thin[0])} from the end of {place} has a mean of {int(moments.count[thin[0]])} tokens, at least "
                 f"{max(min_count, 1)} are wanted, and {whose} reaches it: take the means of more samples, cut this one, or lower "
-                "min_count"
+                "that (--min-count, min_count)"
             )
 
     @staticmethod

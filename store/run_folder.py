@@ -145,6 +145,13 @@ class RunFolder:
         except (OSError, pa.ArrowException) as error:
             raise StoreError(f"{self.path / SAMPLES_FILE} cannot be read ({type(error).__name__}: {error})") from error
 
+    def columns(self) -> list[str]:
+        """Returns the names of samples.parquet's columns."""
+        try:
+            return list(pq.read_schema(self.path / SAMPLES_FILE).names)
+        except (OSError, pa.ArrowException) as error:
+            raise StoreError(f"{self.path / SAMPLES_FILE} cannot be read ({type(error).__name__}: {error})") from error
+
     def samples_footer(self) -> str:
         """Returns a hash of samples.parquet's footer: sizes, places and statistics of all columns, which no rewriting leaves alone.
 

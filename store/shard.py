@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
             flushed after the rename) the whole shard; never a part of it.
     """
     header = {METADATA_KEY: json.dumps({**metadata, "checksum": checksum(tensors, metadata)}, sort_keys=True)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         save_file(dict(tensors), temporary, metadata=header)
         temporary.chmod(0o666 & ~_UMASK)  # safetensors makes it readable by its owner only

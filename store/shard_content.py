@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from exactivations.store.moments import IntArray
-from exactivations.store.shard_sums import Groups, MeanOptions, sealed, sums_of_shard, to_tensors
+from exactivations.store.shard_sums import ArrivedSums, Groups, MeanOptions, sealed, sums_of_shard, to_tensors
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,16 @@ class ShardContent:
     groups_of: Callable[[int], Groups] | None = None
     witnesses: Callable[[int], IntArray] | None = None
 
-    def of(self, shard: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns what is published of this shard."""
+    def of(self, shard: int, tensors: Mapping[str, Tensor], arrived: ArrivedSums | None = None) -> dict[str, Tensor]:
+        """Returns what is published of this shard, whose sums must be those that `arrived`."""
         rows = dict(tensors) if self.witnesses is None else rows_of(tensors, torch.from_numpy(self.witnesses(shard)))
         if self.means is None:
             return rows
         groups = None if self.groups_of is None else self.groups_of(shard)
-        return rows | sealed(to_tensors(sums_of_shard(tensors, self.means, groups)))
+        sums = sums_of_shard(tensors, self.means, groups)
+        if arrived is not None:
+            arrived.check(shard, sums)
+        return rows | sealed(to_tensors(sums))
 
 
 def rows_of(tensors: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

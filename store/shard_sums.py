@@ -1,5 +1,6 @@
 """What a shard contributes to means: a pure function of its rows, so that the order in which they came cannot matter."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
-from exactivations.store.errors import CorruptShardError, InvalidInputError
+from exactivations.store.errors import CorruptShardError, InvalidInputError, StoreError
 from exactivations.store.moments import FloatArray, IntArray, Moments
 from exactivations.store.shard import checksum
 from exactivations.store.vectors import Vector, mean_over
 
 PREFIX, GROUPS, POSITIONS = "sums/", "@groups", "@positions"
 CHECKSUM = "sums_checksum"
+ROUNDING = 1e-9  # of the sum of sizes: another order of adding does about 1e-14 in float64
 MOST_GROUPS = 1024  # every shard holds sums for each
 
 
@@ -62,6 +65,12 @@ class MeanOptions:
         missing = [name for name in dict.fromkeys(wanted) if name not in activations]
         if missing:
             raise InvalidInputError(f"the means need {', '.join(missing)}, extracted are {', '.join(activations)}")
+        for place, points in self.places.items():
+            widths = {
+                point: spec["width"] for name, spec in activations.items() for point in points if name.startswith(f"{point}/")
+            }
+            if len(set(widths.values())) > 1:
+                raise InvalidInputError(f"{place} cannot be averaged: its hook points are of different widths ({widths})")
 
     def to_json(self) -> dict[str, Any]:
         """Returns the options as JSON takes them."""
@@ -80,6 +89,11 @@ class Groups:
 
     names: list[str]
     numbers: IntArray
+
+    @property
+    def digest(self) -> str:
+        """A hash of which sample is in which group, in dataset order."""
+        return xxhash.xxh3_128(json.dumps([self.names, self.numbers.tolist()]).encode()).hexdigest()
 
     def at(self, positions: IntArray) -> "Groups":
         """Returns the groups of these samples, with all names."""
@@ -130,6 +144,39 @@ def sums_of_shard(tensors: Mapping[str, Tensor], options: MeanOptions, groups: G
     return sums
 
 
+class ArrivedSums:
+    """What arrived of a shard, added up batch by batch as it came: the sums that are published are held against it.
+
+    Double entry: another order and another way of adding, before anything was put into its place in the shard.
+    """
+
+    def __init__(self, options: MeanOptions) -> None:
+        self._vectors = options.vectors
+        self._total: dict[str, FloatArray] = {}
+        self._size: dict[str, FloatArray] = {}
+
+    def update(self, activations: Mapping[str, Tensor]) -> None:
+        """Adds a batch, which is on the host."""
+        for vector in self._vectors:
+            rows = vector.rows(activations)
+            self._total[vector.name] = self._total.get(vector.name, 0) + rows.sum(axis=0)
+            self._size[vector.name] = self._size.get(vector.name, 0) + np.abs(rows).sum(axis=0)
+
+    def check(self, shard: int, sums: Mapping[str, Moments]) -> None:
+        """Refuses sums that are not those of what arrived.
+
+        Raises:
+            StoreError: Naming shard and vector.
+        """
+        for name, total in self._total.items():
+            for found in (sums[name], *([sums[name + GROUPS]] if name + GROUPS in sums else [])):
+                if (np.abs(found.total.sum(axis=0) - total) > ROUNDING * self._size[name]).any():
+                    raise StoreError(
+                        f"shard {shard}: the sums of {name} are not those of the batches that were computed; it is not published. "
+                        "Start the same command again; if that does not help, this machine's memory is at fault, or we are"
+                    )
+
+
 def _by_position(states: list[Tensor], token_mask: Tensor, ends: IntArray, n_positions: int) -> Moments:
     """Adds sample after sample, each in one step: a sample has every position at most once."""
     count, total = np.zeros(n_positions, dtype=np.int64), np.zeros((n_positions, states[0].shape[1]))
@@ -142,10 +189,12 @@ def _by_position(states: list[Tensor], token_mask: Tensor, ends: IntArray, n_pos
 
 
 def to_tensors(sums: Mapping[str, Moments]) -> dict[str, Tensor]:
-    """Returns moments as tensors of a file."""
+    """Returns moments as tensors of a file. Of groups and positions, those without rows are left out."""
     arrays: dict[str, IntArray | FloatArray | None] = {}
     for name, moments in sums.items():
-        arrays |= {f"{name}/count": moments.count, f"{name}/total": moments.total, f"{name}/squares": moments.squares}
+        bins = np.flatnonzero(moments.count) if name.endswith((GROUPS, POSITIONS)) else np.arange(len(moments.count))
+        squares = None if moments.squares is None else moments.squares[bins]
+        arrays |= {f"{name}/count": moments.count, f"{name}/total": moments.total[bins], f"{name}/squares": squares}
     return {f"{PREFIX}{name}": torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items() if a is not None}
 
 
@@ -176,5 +225,13 @@ def _checksum(sums: Mapping[str, Tensor]) -> Tensor:
 def from_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Moments]:
     """Returns the moments that a file holds, by name."""
     parts = {name.removeprefix(PREFIX): values.numpy() for name, values in tensors.items() if name.startswith(PREFIX)}
-    names = dict.fromkeys(name.rpartition("/")[0] for name in parts)
-    return {name: Moments(parts[f"{name}/count"], parts[f"{name}/total"], parts.get(f"{name}/squares")) for name in names}
+    sums = {}
+    for name in dict.fromkeys(name.rpartition("/")[0] for name in parts):
+        count, total, squares = parts[f"{name}/count"], parts[f"{name}/total"], parts.get(f"{name}/squares")
+        if len(total) < len(count):
+            bins = np.flatnonzero(count)
+            some = Moments(count[bins], total, squares)
+            sums[name] = some.in_bins(bins, len(count))
+        else:
+            sums[name] = Moments(count, total, squares)
+    return sums

@@ -273,3 +273,57 @@ def test_what_was_added_stays_when_the_first_command_is_started_again_or_its_run
     assert "at least 1" in error_of(capsys, "means", "add", tmp_path / "run", "--dataset", more, *FEW[:-1], "0")
     run(first, tmp_path / "run", "--layers", "1", "--overwrite")
     assert MeanActivations.load(tmp_path / "run").n_samples == 16
+
+
+def test_an_existing_result_is_not_replaced_by_one_of_a_stores_rows(made, tmp_path, capsys):
+    main(["means", "from-store", str(made / "store"), "--pooling", "last", "--out", str(tmp_path / "m")])
+    capsys.readouterr()
+    again = ["means", "from-store", made / "store", "--pooling", "short", "--out", tmp_path / "m"]
+    assert "is there already: name another file with --out, or replace it with --overwrite" in error_of(capsys, *again)
+    main([*map(str, again), "--overwrite"])
+    assert MeanActivations.load(tmp_path / "m").names == ["resid_post.1/short", "resid_post.3/short"]
+
+
+def test_texts_and_results_are_taken_as_they_are_typed():
+    assert to_parser_spelling(["means", "compare", "r", "--texts", "[x for x in y]"])[3:] == ['--texts=["[x for x in y]"]']
+    assert to_parser_spelling(["means", "compare", "r", "--texts", "[1, 2]", "b"])[3:] == ['--texts=["[1, 2]", "b"]']
+    for words in (["a", "b", "--out", "o"], ["--out", "o", "a", "b"], ["a", "--out", "o", "b"]):
+        assert to_parser_spelling(["means", "merge", *words]) == ["means", "merge", '["a", "b"]', "--out", "o"]
+
+
+@pytest.mark.parametrize(
+    ("n", "said"), [("0", "0 samples were asked for"), ("25", "25 samples were asked for, .* has 24"), ("-3", "-3")]
+)
+def test_as_many_samples_of_a_store_as_were_asked_for_or_none(made, capsys, n, said):
+    common = ["means", "compare", made / "means", "--vector", "resid_post.3/short", "--store", made / "store"]
+    assert re.search(said, error_of(capsys, *common, "--num-samples", n))
+    assert "has no column 'nope'; it has sample_index" in error_of(capsys, *common, "--labels", "nope")
+
+
+def test_what_is_no_result_is_said_to_be_none_and_nobody_is_told_to_delete_it(made, tmp_path, capsys):
+    main(["means", "export", str(made / "means"), "--out", str(tmp_path / "x.safetensors")])
+    (tmp_path / "readme").write_text("x" * 100)
+    capsys.readouterr()
+    for name in ("x.safetensors", "readme"):
+        message = error_of(capsys, "means", "show", tmp_path / name)
+        assert "no means file" in message and "elete" not in message
+    assert "there is no such file or folder" in error_of(capsys, "means", "show", tmp_path / "nowhere")
+
+
+def test_a_run_that_fails_its_verification_later_takes_its_result_with_it(made, tmp_path, capsys):
+    import shutil
+
+    from exactivations.store.run_folder import RunFolder
+    from exactivations.store.shard import open_shard, write_shard
+
+    shutil.copytree(made / "means", tmp_path / "run")
+    path = RunFolder(tmp_path / "run").shard_path(0)
+    tensors, metadata = open_shard(path)
+    tensors = {name: values.clone() for name, values in tensors.items()}
+    tensors["resid_post.3/last"] += 1
+    del metadata["checksum"]
+    write_shard(path, tensors, metadata)
+    capsys.readouterr()
+    assert "failed its verification" in error_of(capsys, "verify", tmp_path / "run")
+    assert not (tmp_path / "run" / "means.safetensors").exists()
+    error_of(capsys, "means", "show", tmp_path / "run")

@@ -49,7 +49,7 @@ def made(*vectors, rows=None, identity=IDENTITY, groups=("bad", "good")):
         about={"model": "some/model", "revision": "main"},
         options=MeanOptions(tuple(vectors), "label"),
         groups=list(groups),
-        parts=[Part("f", "c", n, 60, "some/dataset train", True)],
+        parts=[Part("f", "c", n, 60, "some/dataset train", True, {})],
         sums=sums,
         token_hash=np.arange(n * 16, dtype=np.uint8).reshape(n, 16),
         sample_index=np.arange(n, dtype=np.int64),

@@ -347,26 +347,26 @@ def test_a_vector_of_no_hook_points_is_refused_before_anything_is_computed():
 
 
 def test_options_that_need_more_than_is_extracted_name_it():
-    held = {f"{point}/{pooling}": {} for point in POINTS for pooling in POOLINGS}
+    held = {f"{point}/{pooling}": {"width": 5} for point in POINTS for pooling in POOLINGS}
     MeanOptions((SHORT, LONG, Vector(POINTS[1:], "mean"))).check_stored(held)
     with pytest.raises(InvalidInputError, match=r"the means need resid_post\.1/max, extracted are resid_post\.0/last, "):
         MeanOptions((SHORT, Vector(POINTS[1:], "max"))).check_stored(held)
     with pytest.raises(InvalidInputError, match=r"need resid_post\.0/exp_decay:0\.067, resid_post\.1/exp_decay:0\.067, extracted"):
-        MeanOptions((SHORT,)).check_stored({"resid_post.0/mean": {}})
+        MeanOptions((SHORT,)).check_stored({"resid_post.0/mean": {"width": 5}})
     del held["resid_post.0/exp_decay:0.159"]
     with pytest.raises(InvalidInputError, match=r"the means need resid_post\.0/exp_decay:0\.159, extracted"):
         MeanOptions((LONG,)).check_stored(held)
 
 
 def test_means_by_position_need_the_tokens_of_every_layer():
-    held = {f"{point}/{pooling}": {} for point in POINTS for pooling in POOLINGS} | {"resid_post.0/tokens": {}}
+    held = {f"{point}/{pooling}": {"width": 5} for point in POINTS for pooling in POOLINGS} | {"resid_post.0/tokens": {"width": 5}}
     MeanOptions((LONG,), n_positions=4).check_stored(held)
     with pytest.raises(InvalidInputError, match=r"the means need resid_post\.1/tokens, extracted"):
         MeanOptions((SHORT,), n_positions=4).check_stored(held)
 
 
 def test_tokens_are_no_vector():
-    held = {"resid_post.0/tokens": {}, "resid_post.0/mean": {}}
+    held = {"resid_post.0/tokens": {"width": 5}, "resid_post.0/mean": {"width": 5}}
     with pytest.raises(InvalidInputError, match=r"resid_post\.0/tokens has a row per token"):
         MeanOptions((Vector(POINTS[:1], "mean"), Vector(POINTS[:1], "tokens"))).check_stored(held)
 
@@ -404,7 +404,7 @@ def test_sums_come_back_from_a_file_bit_for_bit_beside_rows(tmp_path):
 
 def test_sums_are_kept_in_float64_and_survive_as_views():
     wide = np.random.default_rng(0).normal(size=(4, 10))
-    moments = Moments(np.arange(4), wide[:, ::2], wide[:, 1::2])
+    moments = Moments(np.arange(4) + 1, wide[:, ::2], wide[:, 1::2])
     found = from_tensors(to_tensors({"a/b@groups": moments}))["a/b@groups"]
     assert np.array_equal(found.total, wide[:, ::2]) and np.array_equal(found.squares, wide[:, 1::2])
 
