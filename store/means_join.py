@@ -92,7 +92,7 @@ def duplicates_in_words(result: MeansFile, token_hash: npt.NDArray[np.uint8], sa
     there = int(np.flatnonzero(keys_of(result.token_hash) == keys_of(token_hash[first : first + 1]))[0])
     part = result.parts[int(result.part[there])]
     return (
-        f"{len(doubled):,} of {len(token_hash):,} samples are in the means already, by the hash of their tokens: the first, sample "
+        f"{len(doubled):,} of {len(token_hash):,} samples are in the means already, by the hash of their tokens: sample "
         f"{int(sample_index[first])} is sample {int(result.sample_index[there])} of {part.dataset}. Leave them out, or let them "
         "count twice (--allow-duplicates)"
     )

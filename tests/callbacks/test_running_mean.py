@@ -32,7 +32,7 @@ def means_arguments(model_path, texts_path):
     """Means of both layers by group, short and long, and by position."""
     return [
         "means", "run", str(model_path), "--dataset", str(texts_path), "--layers", "0", "1", "--mode", "both", "--pooling", "mean",
-        "--positions", "20", "--group", "number", "--token-budget", "48", "--shard-tokens", "24", "--accelerator", "cpu",
+        "--positions", "20", "--group", "number", "--token-budget", "24", "--shard-tokens", "12", "--accelerator", "cpu",
         "--cpu-threads", "1",
     ]  # fmt: skip
 
@@ -69,10 +69,10 @@ ActivationExtractor.predict_step = gated
 def test_ten_kills_and_as_many_resumes_on_other_numbers_of_ranks_write_the_same_bytes(tmp_path, start, means_arguments, whole):
     dice, out, published = random.Random(1), tmp_path / "run", {}
     n_shards = RunFolder(whole).read_info().n_shards
-    assert n_shards > 20  # a kill lets one more shard through on each rank
+    assert n_shards > 30  # a kill may let one more through on each rank
     for kill in range(10):
         gate = GATE.format(pattern=str(out / "shards" / "*.safetensors"), most=len(published) + 1)
-        run = start(out, 1 + kill % 2, before=gate, arguments=means_arguments)
+        run = start(out, 1 + kill % 2, seconds_per_batch=0.05, before=gate, arguments=means_arguments)  # the writer keeps up
         wait_for_shards(out, len(published) + 1, run)
         time.sleep(dice.uniform(0, 0.05))
         run.kill()

@@ -128,7 +128,7 @@ def test_a_column_with_a_name_of_the_stores_own_is_refused_unless_it_is_left_out
 
 
 def test_columns_that_are_missing_are_refused_with_those_that_there_are(word_tokenizer, labelled):
-    with pytest.raises(InvalidInputError, match="no column 'lable' to keep; it has label, text, tags"):
+    with pytest.raises(InvalidInputError, match="no column 'lable' to keep or group by; it has label, text, tags"):
         make(labelled, word_tokenizer, keep_columns=["lable"])
     with pytest.raises(InvalidInputError, match="no column 'body'; it has label, text, tags"):
         make(labelled, word_tokenizer, text=TextOptions(text_column="body"))
