@@ -65,7 +65,7 @@ def minimise(
         history.keep(keep)
         iterations[active] += 1
         direction = history.direction(gradient)
-        moved, new_value, new_gradient, stuck = _line_search(evaluate, here, value, gradient, direction, active, step == 0)
+        moved, new_value, new_gradient, stuck = line_search(evaluate, here, value, gradient, direction, active, step == 0)
         history.add(moved - here, new_gradient - gradient)
         here, value, gradient = moved, new_value, new_gradient
         if stuck.any():  # no smaller value can be told from rounding
@@ -112,10 +112,14 @@ class _History:
         return -ascent
 
 
-def _line_search(
+def line_search(
     evaluate: Evaluate, here: Tensor, value: Tensor, gradient: Tensor, direction: Tensor, active: Tensor, is_first: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Halves each problem's step until its value falls enough; returns parameters, values, gradients and who got stuck."""
+    """Halves each problem's step until its value falls enough.
+
+    Returns:
+        Parameters, values and gradients there, and who got stuck, bool [A]: no smaller value can be told from rounding.
+    """
     slope = (gradient * direction).sum(dim=1)
     uphill = slope >= 0
     direction = torch.where(uphill[:, None], -gradient, direction)

@@ -9,7 +9,7 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 from jaxtyping import install_import_hook
 
-SHAPED = ("lit_modules.pooling", "lit_modules.logistic", "lit_modules.batched_lbfgs")
+SHAPED = ("lit_modules.pooling", "lit_modules.logistic", "lit_modules.batched_lbfgs", "lit_modules.batched_newton")
 install_import_hook([f"exactivations.{name}" for name in SHAPED], "beartype.beartype")
 
 import torch  # noqa: E402  # after the hook, so that shapes are checked
