@@ -74,7 +74,7 @@ def verify_store(
     checked = [
         f"all {store.info.n_shards} shards are there",
         f"checksums of {len(whole_shards)} shards agree",
-        *(["sums of all shards are those of their samples"] if store.info.means is not None and not damaged else []),
+        *_checked_sums(store, damaged),
         f"token hashes, lengths and columns of all {store.info.n_samples} samples are those of the dataset",
         "model, tokenizer and options are those of the run",
         *notes,
@@ -99,6 +99,12 @@ def verify_store(
     if store.info.means is not None:  # the result says whether its parts are verified
         publish_fold(store.folder) if verification.passed else withdraw_result(store.folder, store.info)
     return verification
+
+
+def _checked_sums(store: ActivationStore, damaged: dict[int, str]) -> list[str]:
+    if store.info.means is None or damaged:
+        return []
+    return ["sums of all shards are those of their rows" if store.info.keeps_rows else "sums of all shards count their samples"]
 
 
 def _why_not_recorded(passed: Verification, before: Verification | None, is_coarser: bool) -> str | None:
