@@ -96,9 +96,11 @@ class GroundTruthCheck(Callback):
         )  # fmt: skip
         if trainer.local_rank == 0:  # every node has its own folder, or the same one
             self._guarded(trainer, mine, lambda: self._write(verification))
+        failure = next((rank.failure for rank in gather(mine) if rank.failure is not None), None)
+        if failure is not None:
+            failure.known_to_all_ranks = True
+            raise failure
         try:
-            if mine.failure is not None:
-                raise mine.failure
             refuse_failed(folder, verification)
         except VerificationError as error:
             error.known_to_all_ranks = True
@@ -137,9 +139,9 @@ class GroundTruthCheck(Callback):
 
     def _write(self, verification: Verification) -> None:
         assert self._writer.info is not None
-        write_verification(self._writer.folder, verification)
-        if not verification.passed:
+        if not verification.passed:  # before the verdict: a kill in between must not leave a result that looks verified
             withdraw_result(self._writer.folder, self._writer.info)
+        write_verification(self._writer.folder, verification)
 
     def _look(self, mine: "RankResults") -> None:
         """Notes the verdict that is there, and which shards are."""

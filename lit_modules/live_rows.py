@@ -58,8 +58,7 @@ def live_rows(
     data.setup()
     check_lengths(extractor.load(device).model, data)
     now = origin_of({**extractor.identity(), **data.identity()}, vector.hook_points)
-    paths = {point: path for point, path in file.identity["hook_paths"].items() if point in vector.hook_points}
-    refuse_another_origin({**file.identity, "hook_paths": paths}, now, "what is there now")
+    refuse_another_origin(file.origin_at(vector.hook_points), now, "what is there now")
     n, batches = len(data.tokens), PlannedBatches(data.tokens, data.plan, list(range(data.plan.n_shards)))
     found: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
     counted = torch.empty(n, dtype=torch.int64)

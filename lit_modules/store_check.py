@@ -95,9 +95,11 @@ def verify_store(
             if before is not None and before.passed and store.info.means is not None:
                 publish_fold(store.folder)
             return replace(verification, checked=[*verification.checked, f"not recorded: {why_not}"])
+    if not verification.passed:  # before the verdict: a kill in between must not leave a result that looks verified
+        withdraw_result(store.folder, store.info)
     write_verification(store.folder, verification)
-    if store.info.means is not None:  # the result says whether its parts are verified
-        publish_fold(store.folder) if verification.passed else withdraw_result(store.folder, store.info)
+    if verification.passed and store.info.means is not None:  # the result says whether its parts are verified
+        publish_fold(store.folder)
     return verification
 
 

@@ -155,10 +155,13 @@ def to_parser_spelling(args: list[str]) -> list[str]:
                 values = [rest.pop(0).lower()]
             out.append(f"{arg}={values[0] if values else 'true'}")
         elif _is_list(annotation):
-            while rest and not rest[0].startswith("--"):
+            if attached:
                 values.append(rest.pop(0))
-            # A single text that starts with a bracket is a list only where it is attached, `--pooling=[mean]`, or no list of texts.
-            brackets = len(values) == 1 and values[0].startswith("[") and (attached or "list[str]" not in str(annotation))
+            else:
+                while rest and not rest[0].startswith("--"):
+                    values.append(rest.pop(0))
+            # Texts may begin with a bracket: they are a list in brackets only where that is attached, `--texts=["a", "b"]`.
+            brackets = len(values) == 1 and values[0].startswith("[") and (attached or arg != "--texts")
             plain = brackets or (len(values) == 1 and values[0] in _literals(annotation))
             numbers = "list[int]" in str(annotation) and all(value.lstrip("-").isdecimal() for value in values)
             out.append(f"{arg}={values[0] if plain else json.dumps([int(v) for v in values] if numbers else values)}")

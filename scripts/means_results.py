@@ -30,6 +30,7 @@ def means_from_store(
 
     from exactivations.scripts.means_table import tell_means
     from exactivations.store.errors import InvalidInputError
+    from exactivations.store.means_file import alone_with
     from exactivations.store.means_fold import fold_rows
     from exactivations.store.pooling_names import TOKENS
     from exactivations.store.run_folder import MEANS_FILE, RunFolder
@@ -47,7 +48,9 @@ def means_from_store(
     path = Path(out or Path(run) / MEANS_FILE)
     if path.exists() and not overwrite:
         raise InvalidInputError(f"{path} is there already: name another file with --out, or replace it with --overwrite")
-    fold_rows(folder, options).write(path)
+    result = fold_rows(folder, options)
+    with alone_with(path):
+        result.write(path)
     tell_means(str(path))
 
 

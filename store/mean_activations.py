@@ -142,9 +142,10 @@ class MeanActivations:
             IdentityError: If the store is of another model, tokenizer, dtype or text option.
             InvalidInputError: If it does not hold what the vector is made of.
         """
-        there = origin_of(store.info.present_identity, self.file.identity["hook_paths"])
-        refuse_another_origin(self.file.identity, there, str(store.folder.path))
         vector = self.vector(name)
+        points = [point for point in vector.hook_points if point in store.info.present_identity.get("hook_points", [])]
+        there = origin_of(store.info.present_identity, points)
+        refuse_another_origin(self.file.origin_at(points), there, str(store.folder.path))
         needed = {f"{point}/{pooling}" for point in vector.hook_points for pooling in vector.poolings}
         held = needed & set(store.names)
         if held != needed:

@@ -81,6 +81,10 @@ class MeansFile:
         """Samples in the means."""
         return len(self.sample_index)
 
+    def origin_at(self, hook_points: Iterable[str]) -> dict[str, Any]:
+        """Returns the identity with the paths of these hook points only; see `origin_of`."""
+        return self.identity | {"hook_paths": {point: self.identity["hook_paths"].get(point) for point in sorted(set(hook_points))}}
+
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all. The same content gives the same bytes."""
         tensors: dict[str, Tensor] = to_tensors(self.sums)
@@ -126,7 +130,7 @@ def read_means(result: str | Path) -> MeansFile:
             verify_shard(path)
         except CorruptShardError as error:
             raise CorruptShardError(
-                f"{path} is damaged: it is not what was written. Compute the means anew, or copy it again"
+                f"{path} is damaged: it is not what was written. Copy it again, or delete it and start the run again"
             ) from error
     if metadata.get("kind") != "means" or metadata.get("format_version") != FORMAT_VERSION:
         found = f"version {metadata.get('format_version')}" if metadata.get("kind") == "means" else "something else"
@@ -165,8 +169,12 @@ def _no_result(path: Path) -> StoreError:
 @contextlib.contextmanager
 def alone_with(path: Path) -> Iterator[None]:
     """Lets one process at a time read a result, change it and write it again."""
-    with path.with_name(f".{path.name}.lock").open("w") as file:
+    try:
+        file = path.with_name(f".{path.name}.lock").open("w")
         fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        raise StoreError(f"cannot change {path}: {error}. Its folder must be writable, on a file system with locks") from error
+    with file:
         yield
 
 

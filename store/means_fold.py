@@ -67,6 +67,8 @@ def withdraw_result(folder: RunFolder, info: RunInfo) -> None:
     if not path.is_file():
         return
     with alone_with(path):
+        if not path.is_file():  # another node was faster
+            return
         there = read_means(path)
         if len(there.parts) == 1:
             return path.unlink()

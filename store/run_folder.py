@@ -6,6 +6,7 @@ that several nodes wrote are merged by copying them into one.
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from itertools import chain
@@ -249,10 +250,10 @@ class RunFolder:
         Raises:
             StoreError: Naming what it holds.
         """
-        ours = {".lock", f".{RUN_FILE}.tmp"}
         if self.exists or not self.path.is_dir():
             return
-        strangers = [p.name for p in self.path.iterdir() if p.name not in ours]
+        ours = re.compile(rf"\.lock|\.{re.escape(RUN_FILE)}\..*tmp")
+        strangers = [p.name for p in self.path.iterdir() if not ours.fullmatch(p.name)]
         if strangers:
             raise StoreError(
                 f"{self.path} is not empty and not a run folder (it holds {', '.join(sorted(strangers)[:5])}): name a new one"

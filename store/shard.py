@@ -120,7 +120,7 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Writes a small text file beside its final name, flushes it to disk, and renames it: it is there whole, or as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     temporary.write_text(text)
     publish(temporary, path)
 
