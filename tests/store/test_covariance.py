@@ -27,7 +27,7 @@ def rows_of(seed, n, width, offset=0.0, spread=1.0):
     """Correlated rows, of heavy tails, with means of `offset` times their deviation; the dimensions' scales differ by `spread`."""
     rng = np.random.default_rng(seed)
     mixed = rng.standard_t(6, (n, width)) @ rng.normal(size=(width, width)) / np.sqrt(width)
-    return (mixed + offset * rng.choice([-1, 1], width)) * np.geomspace(1, spread, width)
+    return (mixed + offset * mixed.std(axis=0) * rng.choice([-1, 1], width)) * np.geomspace(1, spread, width)
 
 
 def taken(rows, *cuts):
