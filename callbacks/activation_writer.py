@@ -4,7 +4,6 @@ import queue
 import socket
 import sys
 import threading
-import traceback
 import uuid
 import warnings
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 
 from exactivations.callbacks.host_copy import HostCopier, HostCopy
 from exactivations.callbacks.process_watch import end_with_parent
-from exactivations.callbacks.ranks import gather, wait_for_all_ranks
+from exactivations.callbacks.ranks import failure_of, gather, raise_together, wait_for_all_ranks
 from exactivations.datamodules.draw import witnesses
 from exactivations.datamodules.plan import Plan
 from exactivations.datamodules.text import TextDataModule
@@ -94,19 +93,15 @@ class ActivationWriter(BasePredictionWriter):
         end_with_parent(trainer.local_rank)
         run_id = trainer.strategy.broadcast(uuid.uuid4().hex)
         rank = RankReport()
-        try:
-            self._take_folder(pl_module, data, run_id, rank)
-        except ExactivationsError as error:
-            rank.failure = error
-        except Exception as error:  # the other ranks wait for this one, whatever went wrong
-            traceback.print_exc()
-            rank.failure = StoreError(f"rank {trainer.global_rank} failed before it began: {type(error).__name__}: {error}")
+        rank.failure = failure_of(
+            lambda: self._take_folder(pl_module, data, run_id, rank), f"rank {trainer.global_rank} failed before it began"
+        )
         ranks: list[RankReport] = gather(rank)
-        failure = next((rank.failure for rank in ranks if rank.failure is not None), None) or _first_disagreement(ranks)
-        if failure is not None:
+        try:
+            raise_together([*(rank.failure for rank in ranks), _first_disagreement(ranks)])
+        except ExactivationsError:
             self._release()
-            failure.known_to_all_ranks = True
-            raise failure
+            raise
         data.skip_shards = frozenset().union(*(rank.published for rank in ranks))
         # Lightning looks for a batch sampler to infer sample indices from, and warns that there is none. Ours are in the batch.
         warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
@@ -191,19 +186,13 @@ class ActivationWriter(BasePredictionWriter):
     def _fold(self, trainer: pl.Trainer) -> None:
         """Writes the means on one rank of each node, unless shards are still in other nodes' folders; all wait for them."""
         assert self.info is not None
-        failure: ExactivationsError | None = None
-        try:
-            if trainer.local_rank == 0 and len(self.folder.published(self.info)) == self.info.n_shards:
+        info = self.info
+
+        def fold() -> None:
+            if trainer.local_rank == 0 and len(self.folder.published(info)) == info.n_shards:
                 publish_fold(self.folder)
-        except ExactivationsError as error:
-            failure = error
-        except Exception as error:  # the other ranks wait for this one, whatever went wrong
-            traceback.print_exc()
-            failure = StoreError(f"rank {trainer.global_rank} could not write the means: {type(error).__name__}: {error}")
-        failures = [found for found in gather(failure) if found is not None]
-        if failures:
-            failures[0].known_to_all_ranks = True
-            raise failures[0]
+
+        raise_together(gather(failure_of(fold, f"rank {trainer.global_rank} could not write the means")))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Stops the thread. What was published stays; a shard that is not full is not published."""

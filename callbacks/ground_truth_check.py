@@ -1,7 +1,6 @@
 """GroundTruthCheck: a run is only called verified when samples of it were computed again, alone, and agreed."""
 
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -11,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from exactivations.callbacks.activation_writer import ActivationWriter
-from exactivations.callbacks.ranks import gather, wait_for_all_ranks
+from exactivations.callbacks.ranks import failure_of, gather, raise_together, wait_for_all_ranks
 from exactivations.datamodules.draw import n_witnesses
 from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.extraction import ActivationExtractor
@@ -19,7 +18,7 @@ from exactivations.lit_modules.ground_truth import GroundTruth
 from exactivations.lit_modules.sample_check import CheckedRun, SampleCheck, SampleResult, summarize
 from exactivations.lit_modules.store_check import damaged_shards
 from exactivations.store.activation_store import ActivationStore
-from exactivations.store.errors import ExactivationsError, InvalidInputError, StoreError, VerificationError
+from exactivations.store.errors import ExactivationsError, InvalidInputError, VerificationError
 from exactivations.store.means_fold import sums_that_differ, withdraw_result
 from exactivations.store.run_folder import contents_of
 from exactivations.store.verification import Verification, read_verification, refuse_failed, write_verification
@@ -80,10 +79,7 @@ class GroundTruthCheck(Callback):
         self._guarded(trainer, mine, lambda: self._check(trainer, pl_module, data, mine))
         mine.seconds = time.monotonic() - started
         ranks = gather(mine)
-        failure = next((rank.failure for rank in ranks if rank.failure is not None), None)
-        if failure is not None:
-            failure.known_to_all_ranks = True
-            raise failure
+        raise_together(rank.failure for rank in ranks)
         seconds = max(rank.seconds for rank in ranks)
         self.verification = verification = summarize(
             [result for rank in ranks for result in rank.results],
@@ -96,10 +92,7 @@ class GroundTruthCheck(Callback):
         )  # fmt: skip
         if trainer.local_rank == 0:  # every node has its own folder, or the same one
             self._guarded(trainer, mine, lambda: self._write(verification))
-        failure = next((rank.failure for rank in gather(mine) if rank.failure is not None), None)
-        if failure is not None:
-            failure.known_to_all_ranks = True
-            raise failure
+        raise_together(gather(mine.failure))
         try:
             refuse_failed(folder, verification)
         except VerificationError as error:
@@ -125,17 +118,9 @@ class GroundTruthCheck(Callback):
 
     def _guarded(self, trainer: pl.Trainer, mine: "RankResults", work: Callable[[], None]) -> None:
         """Does a rank's work; what goes wrong is told to the others, who wait for this rank."""
-        if mine.failure is not None:
-            return
-        try:
-            work()
-        except ExactivationsError as error:
-            mine.failure = error
-        except Exception as error:
-            traceback.print_exc()
-            mine.failure = StoreError(
-                f"rank {trainer.global_rank} could not verify: {type(error).__name__}: {error}. What was written stays, unverified"
-            )
+        if mine.failure is None:
+            doing = f"rank {trainer.global_rank} could not verify"
+            mine.failure = failure_of(work, doing, ". What was written stays, unverified")
 
     def _write(self, verification: Verification) -> None:
         assert self._writer.info is not None

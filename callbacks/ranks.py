@@ -1,11 +1,13 @@
 """Exchange between the ranks of one run."""
 
+import traceback
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from exactivations.store.errors import StoreError
+from exactivations.store.errors import ExactivationsError, StoreError
 
 
 def gather(value: Any) -> list[Any]:
@@ -15,6 +17,32 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def failure_of(work: Callable[[], None], doing: str, note: str = "") -> ExactivationsError | None:
+    """Does a rank's work and returns what went wrong, for `raise_together`: the other ranks wait for this one.
+
+    Args:
+        work: What is done.
+        doing: Says of an error that we did not foresee who failed to do what.
+        note: What that means, at the end of what is said.
+    """
+    try:
+        work()
+    except ExactivationsError as error:
+        return error
+    except Exception as error:
+        traceback.print_exc()
+        return StoreError(f"{doing}: {type(error).__name__}: {error}{note}")
+    return None
+
+
+def raise_together(failures: Iterable[ExactivationsError | None]) -> None:
+    """Raises the first failure of any rank; called on all of them with the same ones."""
+    failure = next((failure for failure in failures if failure is not None), None)
+    if failure is not None:
+        failure.known_to_all_ranks = True
+        raise failure
 
 
 def wait_for_all_ranks(trainer: pl.Trainer) -> None:

@@ -22,6 +22,11 @@ def draw(plan: Plan, positions: IntArray, n: int, seed: int) -> IntArray:
     return np.array(list(dict.fromkeys([*extremes.tolist(), *others.tolist()]))[:n], dtype=np.int64)
 
 
+def choose(n: int, k: int, seed: int) -> IntArray:
+    """Returns k of the numbers 0 to n - 1 at random, ascending: always the same ones for the same arguments."""
+    return np.sort(np.random.default_rng(seed).choice(n, k, replace=False))
+
+
 def witnesses(plan: Plan, shard: int) -> IntArray:
     """Returns the rows of a shard, ascending, that are kept where only means are, so that their samples can be computed again.
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from exactivations.datamodules.label_files import IntArray, LabelColumn, label_column
 from exactivations.store.activation_store import ActivationStore
-from exactivations.store.errors import InvalidInputError
+from exactivations.store.errors import InvalidInputError, shown
 
 FloatArray = npt.NDArray[np.float64]
 Kind = Literal["auto", "classes", "values"]
@@ -121,7 +121,7 @@ def token_labels_of(store: ActivationStore, label: str, file: str | Path | None 
     wrong: list[str] = []
     for index, n_tokens, entry in zip(store.sample_index.tolist(), lengths.tolist(), column, strict=True):
         if not isinstance(entry, list):
-            wrong.append(f"sample {index} has one label, {_short(entry)}, expected a list of {n_tokens:,}, one per token")
+            wrong.append(f"sample {index} has one label, {shown(entry)}, expected a list of {n_tokens:,}, one per token")
         elif len(entry) != n_tokens:
             wrong.append(f"sample {index} has {len(entry):,} labels, but {n_tokens:,} tokens")
         elif not wrong:
@@ -161,10 +161,10 @@ class _Found:
             if kind not in TYPES:
                 hint = "; labels of tokens are read with token_labels_of" if kind is list else ""
                 raise InvalidInputError(
-                    f"{self.source}: {place(at)} has {_short(entries[at])}, of type {kind.__name__}, as its label, expected text, "
+                    f"{self.source}: {place(at)} has {shown(entries[at])}, of type {kind.__name__}, as its label, expected text, "
                     f"a number or a bool{hint}"
                 )
-            self.types[kind] = f"{place(at)} has {_short(entries[at])}, {TYPES[kind]}"
+            self.types[kind] = f"{place(at)} has {shown(entries[at])}, {TYPES[kind]}"
         if float in self.types:
             self.not_finite += [
                 f"{place(at)} has {entry}"
@@ -176,7 +176,7 @@ class _Found:
                 continue
             self.numbers[entry] = len(self.numbers)
             if isinstance(entry, int) and abs(entry) > LARGEST_EXACT:
-                self.inexact.append(f"{place(entries.index(entry))} has {_short(entry)}")
+                self.inexact.append(f"{place(entries.index(entry))} has {shown(entry)}")
         return np.array([NOT_LABELLED if entry is None else self.numbers[entry] for entry in entries], dtype=np.int64)
 
     def check(self) -> None:
@@ -191,7 +191,7 @@ class _Found:
         if float in self.types:
             self.check_exact()
         if len(self.numbers) < 2:
-            only = f"every label is {_short(next(iter(self.numbers)))}" if self.numbers else "there is not one label"
+            only = f"every label is {shown(next(iter(self.numbers)))}" if self.numbers else "there is not one label"
             raise InvalidInputError(f"{self.source}: {only}; at least two different ones are needed")
 
     def check_exact(self) -> None:
@@ -225,8 +225,3 @@ def _values(column: LabelColumn, found: _Found, entries: list[Any]) -> FloatArra
 
 def _token(index: int, at: int) -> str:
     return f"token {at} of sample {index}"
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from exactivations.datamodules.draw import choose
 from exactivations.datamodules.embedded import resolve_model
 from exactivations.datamodules.plan import Plan, PlanOptions, plan
 from exactivations.datamodules.sources import load_source
@@ -125,7 +126,7 @@ class TextDataModule(pl.LightningDataModule):
             raise InvalidInputError(f"{self.num_samples} samples were asked for, the dataset has {n}")
         if self.sample_seed is None:
             return np.arange(self.num_samples)
-        return np.sort(np.random.default_rng(self.sample_seed).choice(n, self.num_samples, replace=False))
+        return choose(n, self.num_samples, self.sample_seed)
 
     @cached_property
     def tokens(self) -> TokenTable:

@@ -1,7 +1,5 @@
 """Two matrices of pairwise cosines side by side, as a PNG."""
 
-import contextlib
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +11,7 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from exactivations.store.errors import InvalidInputError, StoreError
-from exactivations.store.shard import publish
+from exactivations.store.shard import publishing
 from exactivations.store.similarity import mean_off_diagonal
 
 MOST_LABELS = 30  # more do not fit beside a matrix
@@ -69,16 +67,12 @@ def heat_maps(
             ax.set_xlabel(f"{n:,} rows")
     bar = axes[1].inset_axes((1.04, 0.0, 0.05, 1.0))  # as high as the map beside it
     figure.colorbar(image, cax=bar, label="cosine", ticks=[-1, -0.5, 0, 0.5, 1])
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        # Without a name of its own, the software would write its version into the file.
-        figure.savefig(temporary, format="png", backend="agg", metadata={"Software": None})
-        publish(temporary, path)
+        with publishing(path) as temporary:
+            # Without a name of its own, the software would write its version into the file.
+            figure.savefig(temporary, format="png", backend="agg", metadata={"Software": None})
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error}; see that its folder is there and has room, and draw it again") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)  # after a rename there is none
 
 
 def _mean(cosines: Tensor, title: str) -> float:

@@ -1,10 +1,5 @@
 """`exactivations means compare`: how near texts or stored samples are to a mean, before and after it is subtracted."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
-
 
 def means_compare(
     result: str,
@@ -51,6 +46,7 @@ def means_compare(
     """
     import torch
 
+    from exactivations.datamodules.draw import choose
     from exactivations.lit_modules.live_rows import live_rows
     from exactivations.lit_modules.means_origin import Samples
     from exactivations.scripts.heat_map import heat_maps
@@ -76,7 +72,7 @@ def means_compare(
             raise InvalidInputError(f"{n} samples were asked for, {store} has {len(stored)}")
         if labels is not None and labels not in stored.samples.column_names:
             raise InvalidInputError(f"{store} has no column {labels!r}; it has {', '.join(stored.samples.column_names)}")
-        chosen = torch.arange(n) if sample_seed is None else choice(len(stored), n, sample_seed)
+        chosen = torch.arange(n) if sample_seed is None else torch.from_numpy(choose(len(stored), n, sample_seed))
         rows = means.rows_of(stored, name, chosen)
         index = stored.sample_index[chosen.numpy()].tolist()
         names = stored.samples.column(labels).take(chosen.numpy()).to_pylist() if labels else index
@@ -107,11 +103,3 @@ def means_compare(
     if plot:
         heat_maps(before, behind, plot, titles=(f"{name} as it is", f"less its {centred.by}"), labels=[str(n) for n in names])
         print(f"drawn in {plot}")
-
-
-def choice(n: int, k: int, seed: int) -> "torch.Tensor":
-    """Returns k of n numbers at random, ascending."""
-    import numpy as np
-    import torch
-
-    return torch.from_numpy(np.sort(np.random.default_rng(seed).choice(n, k, replace=False)))

@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 from exactivations.store.errors import CorruptShardError, IncompleteStoreError, InvalidInputError, StoreError
-from exactivations.store.run_folder import SAMPLES_FILE, RunFolder
+from exactivations.store.run_folder import SAMPLES_FILE, RunFolder, places_of_shards
 from exactivations.store.shard import verify_shard
 from exactivations.store.verification import refuse_unverified
 
@@ -116,9 +116,8 @@ class ActivationStore:
             self._row = np.array([witnesses[int(i)] for i in places.column("sample_index").to_numpy()], dtype=np.int32)
         self._n_tokens = places.column("n_tokens").to_numpy()
         self.sample_index: npt.NDArray[np.int64] = places.column("sample_index").to_numpy()
-        by_place = np.lexsort((self._row, self._shard))
-        starts = np.searchsorted(self._shard[by_place], np.arange(self.info.n_shards + 1))
-        self._positions = {shard: by_place[starts[shard] : starts[shard + 1]] for shard in sorted(self.published)}
+        places_of = places_of_shards(self._shard, self._row, self.info.n_shards)
+        self._positions = {shard: places_of[shard] for shard in sorted(self.published)}
         self._open: dict[int, dict[str, Tensor]] = {}
         self._ends: dict[int, npt.NDArray[np.int64]] = {}
 

@@ -1,6 +1,12 @@
 """Errors that a user can act on. The command line prints them as they are, without a traceback."""
 
 
+def shown(value: object) -> str:
+    """Returns a value as messages show it: its repr, or the beginning of that."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 class ExactivationsError(Exception):
     """Base of all errors whose message says what is wrong, where, what was expected, what was found, and what to do."""
 

@@ -1,7 +1,6 @@
 """Masks by sample index: one Parquet file for one store, which refuses every other store."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from exactivations.store.activation_store import ActivationStore
 from exactivations.store.errors import InvalidInputError, StoreError
 from exactivations.store.mask_layout import LaidMasks, SampleTable, named
-from exactivations.store.shard import publish
+from exactivations.store.shard import publishing
 
 METADATA_KEY = b"exactivations_masks"
 FORMAT_VERSION = 1
@@ -81,14 +80,11 @@ def write_masks(path: str | Path, table: SampleTable, laid: LaidMasks, source: s
             "token_mask": [mask.numpy() for mask in laid.masks if mask is not None],
         }
     ).cast(SCHEMA.with_metadata({METADATA_KEY: json.dumps(metadata)}))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        pq.write_table(rows, temporary, compression="zstd", write_page_checksum=True)
-        publish(temporary, path)
+        with publishing(path) as temporary:
+            pq.write_table(rows, temporary, compression="zstd", write_page_checksum=True)
     except (OSError, pa.ArrowException) as error:
         raise StoreError(f"cannot write {path}: {error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_masks(path: str | Path, store: ActivationStore) -> SampleMasks:

@@ -1,8 +1,6 @@
 """Means as files for other programs: safetensors, npz, npy, and control vectors of llama.cpp (gguf)."""
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from exactivations.store.control_vector import layers_of, model_hint, write_cont
 from exactivations.store.errors import InvalidInputError, StoreError
 from exactivations.store.mean_activations import MeanActivations
 from exactivations.store.run_folder import fingerprint_of
-from exactivations.store.shard import METADATA_KEY, publish
+from exactivations.store.shard import METADATA_KEY, publishing
 
 FORMATS = (".safetensors", ".npz", ".npy", ".gguf")
 OF_GROUPS = ("difference", "normalised-difference")
@@ -69,22 +67,18 @@ def export_means(
         remedy = "name a file in it" if path.is_dir() else "name another file, or pass overwrite=True (--overwrite)"
         raise InvalidInputError(f"{path} is there already: {remedy}")
     about = _about(means, names, what, groups)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        if suffix == ".gguf":
-            directions = {layer: values[name] for layer, name in layers.items()}
-            hint = model_hint(means.file.identity.get("model_class", "unknown"))
-            write_control_vector(temporary, directions, hint, about)
-        elif suffix == ".safetensors":
-            temporary.write_bytes(_safetensors(values, about))
-        else:
-            _write_numpy(temporary, values, several=suffix == ".npz")
-        publish(temporary, path)
+        with publishing(path) as temporary:
+            if suffix == ".gguf":
+                directions = {layer: values[name] for layer, name in layers.items()}
+                hint = model_hint(means.file.identity.get("model_class", "unknown"))
+                write_control_vector(temporary, directions, hint, about)
+            elif suffix == ".safetensors":
+                temporary.write_bytes(_safetensors(values, about))
+            else:
+                _write_numpy(temporary, values, several=suffix == ".npz")
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error}; see that its folder is there and has room, and export again") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)  # after a rename there is none
     return names
 
 

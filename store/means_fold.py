@@ -1,6 +1,6 @@
 """Folding the sums of a run's shards, in shard order, into a result; and holding them against what they are sums of."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +16,7 @@ from exactivations.store.means_file import (
     read_means,
 )
 from exactivations.store.moments import IntArray, Moments
-from exactivations.store.run_folder import ENVIRONMENT_FIELDS, MEANS_FILE, RunFolder, RunInfo, contents_of
+from exactivations.store.run_folder import ENVIRONMENT_FIELDS, MEANS_FILE, RunFolder, RunInfo, contents_of, places_of_shards
 from exactivations.store.shard import verify_shard
 from exactivations.store.shard_sums import GROUPS, POSITIONS, Groups, MeanOptions, sums_of_shard, unsealed
 from exactivations.store.verification import read_verification, refuse_failed
@@ -31,11 +31,16 @@ def fold(folder: RunFolder) -> MeansFile:
         IncompleteStoreError: If shards are missing.
         VerificationError: If the run failed its verification.
     """
+    start, sums = stored_sums_of(folder)
+    return fold_onto(start, sums)
+
+
+def stored_sums_of(folder: RunFolder) -> tuple[MeansFile, Iterator[dict[str, Moments]]]:
+    """Returns a result without sums for a complete run that takes means, and the sums of its shards in their order."""
     info = folder.read_info()
     assert info.means is not None, "a run that takes means"
     start, shards = frame(folder, info, MeanOptions.from_json(info.means), info.means["groups"])
-    rows = RowsOfRun(folder, info, start.options)
-    return fold_onto(start, map(rows.stored_sums, shards))
+    return start, map(RowsOfRun(folder, info, start.options).stored_sums, shards)
 
 
 def publish_fold(folder: RunFolder) -> None:
@@ -90,7 +95,12 @@ def fold_rows(folder: RunFolder, options: MeanOptions) -> MeansFile:
     options.check_stored(info.activations)
     rows = RowsOfRun(folder, info, options)
     start, shards = frame(folder, info, options, rows.groups.names if rows.groups else [])
-    return fold_onto(start, map(rows.sums, shards))
+
+    def sums(shard: int) -> dict[str, Moments]:
+        verify_shard(folder.shard_path(shard))  # a result lives on without its shards
+        return rows.sums(shard)
+
+    return fold_onto(start, map(sums, shards))
 
 
 def sums_that_differ(folder: RunFolder, shards: list[int]) -> dict[int, str]:
@@ -128,17 +138,11 @@ class RowsOfRun:
                 "samples.parquet was changed): copy samples.parquet from another copy of this run"
             )
         places = folder.read_samples(["shard", "row"])
-        self._shard, self._row = places.column("shard").to_numpy(), places.column("row").to_numpy()
-
-    def samples_of(self, shard: int) -> IntArray:
-        """Returns a shard's samples, by their place in samples.parquet, in row order."""
-        inside = np.flatnonzero(self._shard == shard)
-        return inside[np.argsort(self._row[inside])]
+        self._samples = places_of_shards(places.column("shard").to_numpy(), places.column("row").to_numpy(), info.n_shards)
 
     def sums(self, shard: int) -> dict[str, Moments]:
-        """Returns the sums of a shard's rows."""
-        verify_shard(self._folder.shard_path(shard))
-        groups = None if self.groups is None else self.groups.at(self.samples_of(shard))
+        """Returns the sums of a shard's rows, which are not compared with the shard's checksum here."""
+        groups = None if self.groups is None else self.groups.at(self._samples[shard])
         return sums_of_shard(self._folder.open_shard(shard, self._info), self._options, groups)
 
     def stored_sums(self, shard: int) -> dict[str, Moments]:
@@ -156,13 +160,13 @@ class RowsOfRun:
             )
         for name, count in expected.items():
             found = sums[name].count
-            if not (np.array_equal(found, count) if count is not None else _are_positions(found, len(self.samples_of(shard)))):
+            if not (np.array_equal(found, count) if count is not None else _are_positions(found, len(self._samples[shard]))):
                 raise CorruptShardError(f"{path}: its sums of {name} do not count the samples of the shard: {ANEW}")
         return sums
 
     def _counts(self, shard: int) -> dict[str, IntArray | None]:
         """Returns how many samples each sum must count; None for positions, whose counts depend on the tokens."""
-        samples = self.samples_of(shard)
+        samples = self._samples[shard]
         out: dict[str, IntArray | None] = {}
         for vector in self._options.vectors:
             out[vector.name] = np.array([len(samples)])

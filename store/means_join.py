@@ -1,6 +1,6 @@
 """Joining results: further samples added to one, or results of separate runs merged."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from exactivations.store.errors import IdentityError, InvalidInputError
 from exactivations.store.means_file import MeansFile, alone_with, duplicates, keys_of, read_means, refuse_another_origin
-from exactivations.store.means_fold import RowsOfRun, fold_onto, frame
+from exactivations.store.means_fold import fold_onto, stored_sums_of
 from exactivations.store.moments import IntArray, Moments
 from exactivations.store.run_folder import RunFolder
 from exactivations.store.shard_sums import GROUPS, MeanOptions
@@ -29,17 +29,8 @@ def add(result: MeansFile, folder: RunFolder, *, allow_duplicates: bool = False)
         InvalidInputError: If samples of it are in the result already, by token hash, and that was not allowed.
         IncompleteStoreError, VerificationError: See `fold`.
     """
-    info = folder.read_info()
-    assert info.means is not None, "a run that takes means"
-    further, shards = frame(folder, info, MeanOptions.from_json(info.means), info.means["groups"])
-    start = _join(result, further, allow_duplicates)
-    rows = RowsOfRun(folder, info, further.options)
-    where = np.array([start.groups.index(name) for name in further.groups], dtype=np.int64)
-
-    def sums(shard: int) -> dict[str, Moments]:
-        return _regrouped(rows.stored_sums(shard), where, len(start.groups))
-
-    return fold_onto(start, map(sums, shards))
+    further, sums = stored_sums_of(folder)
+    return _joined(result, further, sums, allow_duplicates)
 
 
 def merge(results: list[MeansFile], *, allow_duplicates: bool = False) -> MeansFile:
@@ -50,10 +41,14 @@ def merge(results: list[MeansFile], *, allow_duplicates: bool = False) -> MeansF
     """
     first, *others = results
     for other in others:
-        joined = _join(first, other, allow_duplicates)
-        where = np.array([joined.groups.index(name) for name in other.groups], dtype=np.int64)
-        first = fold_onto(joined, [_regrouped(other.sums, where, len(joined.groups))])
+        first = _joined(first, other, [other.sums], allow_duplicates)
     return first
+
+
+def _joined(ours: MeansFile, other: MeansFile, sums: Iterable[dict[str, Moments]], allow_duplicates: bool) -> MeansFile:
+    """Returns ours with the other's samples and these sums of theirs."""
+    start = _join(ours, other, allow_duplicates)
+    return fold_onto(start, (_regrouped(some, other.groups, start.groups) for some in sums))
 
 
 def _join(ours: MeansFile, other: MeansFile, allow_duplicates: bool) -> MeansFile:
@@ -74,12 +69,11 @@ def _join(ours: MeansFile, other: MeansFile, allow_duplicates: bool) -> MeansFil
     if len(doubled) and not allow_duplicates:
         raise InvalidInputError(duplicates_in_words(ours, other.token_hash, other.sample_index, doubled))
     groups = sorted({*ours.groups, *other.groups})
-    where = np.array([groups.index(name) for name in ours.groups], dtype=np.int64)
     return replace(
         ours,
         groups=groups,
         parts=[*ours.parts, *other.parts],
-        sums=_regrouped(ours.sums, where, len(groups)),
+        sums=_regrouped(ours.sums, ours.groups, groups),
         token_hash=np.concatenate([ours.token_hash, other.token_hash]),
         sample_index=np.concatenate([ours.sample_index, other.sample_index]),
         part=np.concatenate([ours.part, (other.part + len(ours.parts)).astype(np.int32)]),
@@ -105,5 +99,6 @@ def options_in_words(options: MeanOptions) -> str:
     return f"{vectors}{groups}, {options.n_positions} positions"
 
 
-def _regrouped(sums: Mapping[str, Moments], where: IntArray, n_groups: int) -> dict[str, Moments]:
-    return {name: moments.in_bins(where, n_groups) if name.endswith(GROUPS) else moments for name, moments in sums.items()}
+def _regrouped(sums: Mapping[str, Moments], groups: list[str], all_groups: list[str]) -> dict[str, Moments]:
+    where = np.array([all_groups.index(name) for name in groups], dtype=np.int64)
+    return {name: moments.in_bins(where, len(all_groups)) if name.endswith(GROUPS) else moments for name, moments in sums.items()}

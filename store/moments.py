@@ -1,6 +1,5 @@
 """Counts, sums and squared deviations in float64: what means and variances are made of, shard by shard."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,14 +42,6 @@ class Moments:
             total[number] = _sum(inside)
             squares[number] = _sum(inside, about=total[number] / len(inside))
         return cls(count, total, squares)
-
-    @classmethod
-    def merged(cls, parts: "Iterable[Moments]") -> "Moments":
-        """Returns the moments of all parts together, merged in their order. There has to be at least one."""
-        first, *others = parts
-        for other in others:
-            first = first.merge(other)
-        return first
 
     def merge(self, other: "Moments") -> "Moments":
         """Returns the moments of both together."""

@@ -13,11 +13,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from exactivations.store.errors import CorruptShardError, IdentityError, InvalidInputError, StoreError
+from exactivations.store.errors import CorruptShardError, IdentityError, InvalidInputError, StoreError, shown
 from exactivations.store.shard import open_shard, publish, write_text_atomically
 
 FORMAT_VERSION = 2
@@ -81,6 +83,12 @@ class RunInfo:
         for change in self.changes:
             present |= {name: now for name, (_, now) in change["fields"].items()}
         return present
+
+
+def places_of_shards(shard: npt.NDArray[Any], row: npt.NDArray[Any], n_shards: int) -> list[npt.NDArray[np.int64]]:
+    """Returns for each shard the places of its samples in samples.parquet, in row order, from their shards [n] and rows [n]."""
+    by_place = np.lexsort((row, shard))
+    return np.split(by_place, np.searchsorted(shard[by_place], np.arange(1, n_shards)))
 
 
 def contents_of(checksums: dict[int, str], footer: str) -> str:
@@ -294,7 +302,7 @@ class RunFolder:
         samples_differ = self.first_difference(info.n_samples, samples) if was_started else None
         refused = {name: values for name, values in changed.items() if name not in allow_changed & ENVIRONMENT_FIELDS}
         if refused or samples_differ:
-            lines = [f"  {name}: {_short(was)} there, {_short(now)} now" for name, (was, now) in refused.items()]
+            lines = [f"  {name}: {shown(was)} there, {shown(now)} now" for name, (was, now) in refused.items()]
             allowable = sorted(refused.keys() & ENVIRONMENT_FIELDS)
             hint = f" (or allow it: --allow-changed {' '.join(allowable)})" if allowable and len(allowable) == len(refused) else ""
             raise IdentityError(
@@ -333,10 +341,5 @@ def first_difference(stored: pa.Table, now: pa.Table) -> str | None:
         for row, (was, value) in enumerate((was.as_py(), value.as_py()) for was, value in pairs):
             if was != value and repr(was) != repr(value):  # NaN is not equal to itself, but is no change
                 index = now.column("sample_index")[row].as_py()
-                return f"the dataset changed: sample {index} has {name} {_short(was)} there, {_short(value)} now"
+                return f"the dataset changed: sample {index} has {name} {shown(was)} there, {shown(value)} now"
     return None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

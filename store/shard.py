@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,26 +103,33 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
             flushed after the rename) the whole shard; never a part of it.
     """
     header = {METADATA_KEY: json.dumps({**metadata, "checksum": checksum(tensors, metadata)}, sort_keys=True)}
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
-        save_file(dict(tensors), temporary, metadata=header)
-        temporary.chmod(0o666 & ~_UMASK)  # safetensors makes it readable by its owner only
-        publish(temporary, path)
+        with publishing(path) as temporary:
+            save_file(dict(tensors), temporary, metadata=header)
+            temporary.chmod(0o666 & ~_UMASK)  # safetensors makes it readable by its owner only
     except (OSError, SafetensorError) as error:
         raise StoreError(
             f"cannot write {path}: {error}; {_free_space(path)}. Nothing that was published is lost: "
             "make room and start the same command again, and it goes on from here"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)  # after a rename there is none
 
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Writes a small text file beside its final name, flushes it to disk, and renames it: it is there whole, or as it was."""
+    with publishing(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def publishing(path: Path) -> Iterator[Path]:
+    """Gives a name beside a file's final one to write to, and publishes what was written; after an error nothing is left of it."""
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    publish(temporary, path)
+    try:
+        yield temporary
+        publish(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # after a rename there is none
 
 
 def publish(temporary: Path, path: Path) -> None:

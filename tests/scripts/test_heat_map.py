@@ -110,7 +110,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch):
     def no_room(temporary, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("exactivations.scripts.heat_map.publish", no_room)
+    monkeypatch.setattr("exactivations.store.shard.publish", no_room)
     with pytest.raises(StoreError, match="No space left"):
         heat_maps(*pair(3), path, titles=TITLES)
     assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]

@@ -304,7 +304,7 @@ def test_a_failure_leaves_what_was_there(means, tmp_path, suffix, monkeypatch):
         assert temporary.stat().st_size > 0
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("exactivations.store.means_export.publish", no_room)
+    monkeypatch.setattr("exactivations.store.shard.publish", no_room)
     with refuses(rf"cannot write .*x\{suffix}: .*No space left", StoreError):
         export_means(means, path, names=names, overwrite=True)
     assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]

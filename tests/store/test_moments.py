@@ -1,5 +1,6 @@
 """Moments of shards, merged in order, are those of the whole data (math.fsum, numpy), to the last bit where that is promised."""
 
+import functools
 import math
 from fractions import Fraction
 
@@ -13,6 +14,11 @@ from exactivations.store.moments import ROWS_AT_ONCE, Moments
 from exactivations.store.vectors import Vector, mean_over
 
 KINDS = st.sampled_from(["normal", "constant", "integers", "one outlier"])
+
+
+def merged(parts):
+    """All parts together, in their order, as shards are folded."""
+    return functools.reduce(Moments.merge, parts)
 
 
 @st.composite
@@ -57,7 +63,7 @@ def allowed_variance_error(values):
 @given(data=shards())
 def test_however_rows_are_cut_into_shards_the_moments_are_those_of_the_whole_data(data):
     rows, bins, n_bins, _ = data
-    found = Moments.merged(parts_of(data))
+    found = merged(parts_of(data))
     for number in range(n_bins):
         inside = rows[bins == number]
         n = len(inside)
@@ -84,9 +90,9 @@ def test_merging_is_a_left_fold_so_that_two_steps_give_the_bits_of_one(data, at)
     by_hand = parts[0]
     for part in parts[1:]:
         by_hand = by_hand.merge(part)
-    assert bits(Moments.merged(parts)) == bits(by_hand)
+    assert bits(merged(parts)) == bits(by_hand)
     first = parts[: 1 + at % len(parts)]
-    assert bits(Moments.merged(iter([Moments.merged(first), *parts[len(first) :]]))) == bits(by_hand)
+    assert bits(merged(iter([merged(first), *parts[len(first) :]]))) == bits(by_hand)
 
 
 @settings(max_examples=60, deadline=None)
@@ -104,7 +110,7 @@ def test_merging_changes_neither_part_and_the_counts_and_totals_commute(data):
 @given(data=shards(max_rows=60))
 def test_a_shard_without_rows_changes_no_bit_on_either_side(data):
     rows, _, n_bins, _ = data
-    found = Moments.merged(parts_of(data))
+    found = merged(parts_of(data))
     nothing = Moments.of(np.zeros((0, rows.shape[1])), np.zeros(0, dtype=np.int64), n_bins)
     assert not nothing.count.any() and not nothing.total.any() and not nothing.squares.any()
     assert bits(found.merge(nothing)) == bits(nothing.merge(found)) == bits(found)
@@ -113,7 +119,7 @@ def test_a_shard_without_rows_changes_no_bit_on_either_side(data):
 @settings(max_examples=60, deadline=None)
 @given(data=shards(max_rows=60), seed=st.integers(0, 2**32), more=st.integers(0, 4))
 def test_moments_put_into_other_bins_keep_their_bits_and_leave_the_rest_empty(data, seed, more):
-    found = Moments.merged(parts_of(data))
+    found = merged(parts_of(data))
     n = len(found.count)
     where = np.random.default_rng(seed).permutation(n + more)[:n]
     moved = found.in_bins(where, n + more)
@@ -129,7 +135,7 @@ def test_merging_in_more_bins_gives_the_bits_of_merging_and_then_moving(data, se
     parts = parts_of(data)
     n = data[2]
     where = np.random.default_rng(seed).permutation(n + 2)[:n]
-    assert bits(Moments.merged(part.in_bins(where, n + 2) for part in parts)) == bits(Moments.merged(parts).in_bins(where, n + 2))
+    assert bits(merged(part.in_bins(where, n + 2) for part in parts)) == bits(merged(parts).in_bins(where, n + 2))
 
 
 @settings(max_examples=60, deadline=None)
