@@ -1,31 +1,24 @@
 """ActivationWriter: keeps what an ActivationExtractor computes, shard by shard, as the plan says."""
 
 import queue
-import socket
-import sys
 import threading
-import uuid
-import warnings
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import BasePredictionWriter
 
 from exactivations.callbacks.host_copy import HostCopier, HostCopy
-from exactivations.callbacks.process_watch import end_with_parent
-from exactivations.callbacks.ranks import failure_of, gather, raise_together, wait_for_all_ranks
+from exactivations.callbacks.run_writer import RunWriter
 from exactivations.datamodules.draw import witnesses
 from exactivations.datamodules.plan import Plan
 from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.extraction import ActivationExtractor
+from exactivations.lit_modules.ranks import failure_of, gather, raise_together
 from exactivations.lit_modules.run_description import run_info
 from exactivations.store.batches import ActivationBatch, ActivationSpec
-from exactivations.store.errors import ExactivationsError, IdentityError, InvalidInputError, StoreError
-from exactivations.store.lock import RunLock
+from exactivations.store.errors import ExactivationsError, InvalidInputError, StoreError
 from exactivations.store.means_fold import publish_fold
-from exactivations.store.run_folder import ENVIRONMENT_FIELDS, RunFolder, RunInfo
+from exactivations.store.run_folder import RunFolder, RunInfo
 from exactivations.store.shard import ShardBuffer, write_shard
 from exactivations.store.shard_content import ShardContent
 from exactivations.store.shard_sums import ArrivedSums, MeanOptions
@@ -34,7 +27,7 @@ from exactivations.store.verification import withdraw_passed
 QUEUED_BATCHES = 4  # enough that neither side waits for the other's jitter; few enough that host memory stays small
 
 
-class ActivationWriter(BasePredictionWriter):
+class ActivationWriter(RunWriter):
     """Writes a run folder while the Trainer predicts; a run that stopped goes on where it was.
 
     Shards that are there already are left out of the plan before the first batch is computed. Copies to the host and writing
@@ -67,49 +60,24 @@ class ActivationWriter(BasePredictionWriter):
         allow_changed: tuple[str, ...] = (),
         means: MeanOptions | None = None,
     ) -> None:
-        super().__init__(write_interval="batch")
-        unknown = set(allow_changed) - ENVIRONMENT_FIELDS
-        if unknown:
-            raise InvalidInputError(
-                f"only {', '.join(sorted(ENVIRONMENT_FIELDS))} may change within a run, not {', '.join(sorted(unknown))}"
-            )
-        self.folder = RunFolder(folder)
-        self.overwrite, self.allow_changed, self.means = overwrite, frozenset(allow_changed), means
-        self.info: RunInfo | None = None
-        self._lock: RunLock | None = None
+        super().__init__(folder, overwrite=overwrite, allow_changed=allow_changed)
+        self.means = means
         self._thread: WriterThread | None = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Takes the folder, checks that it holds this run or none, and tells the data module which shards are there.
-
-        Every rank gets to the exchange of what was found, also one that failed; then all fail together.
-        """
-        data = getattr(trainer, "datamodule", None)
+    def refuse_strangers(self, pl_module: pl.LightningModule, data: object) -> None:
+        """Refuses what is not an extractor with its data."""
         if not isinstance(pl_module, ActivationExtractor) or not isinstance(data, TextDataModule):
             raise InvalidInputError(
                 "ActivationWriter works with an ActivationExtractor and a TextDataModule, "
                 f"got {type(pl_module).__name__} and {type(data).__name__}"
             )
-        end_with_parent(trainer.local_rank)
-        run_id = trainer.strategy.broadcast(uuid.uuid4().hex)
-        rank = RankReport()
-        rank.failure = failure_of(
-            lambda: self._take_folder(pl_module, data, run_id, rank), f"rank {trainer.global_rank} failed before it began"
-        )
-        ranks: list[RankReport] = gather(rank)
-        try:
-            raise_together([*(rank.failure for rank in ranks), _first_disagreement(ranks)])
-        except ExactivationsError:
-            self._release()
-            raise
-        data.skip_shards = frozenset().union(*(rank.published for rank in ranks))
-        # Lightning looks for a batch sampler to infer sample indices from, and warns that there is none. Ours are in the batch.
-        warnings.filterwarnings("ignore", message="Couldn't infer the batch indices")
 
-    def _take_folder(self, extractor: ActivationExtractor, data: TextDataModule, run_id: str, rank: "RankReport") -> None:
-        extractor.load(extractor.device)
-        extractor.check_fits(data)
-        info = run_info(extractor, data, extractor.specs())
+    def describe(self, pl_module: pl.LightningModule, data: TextDataModule) -> RunInfo:
+        """Returns the content of run.json, with what means are taken of."""
+        assert isinstance(pl_module, ActivationExtractor)
+        pl_module.load(pl_module.device)
+        pl_module.check_fits(data)
+        info = run_info(pl_module, data, pl_module.specs())
         if self.means is not None:
             self.means.check_stored(info.activations)
             groups = None if self.means.group_column is None else data.groups(self.means.group_column)
@@ -119,15 +87,10 @@ class ActivationWriter(BasePredictionWriter):
                 "groups_digest": None if groups is None else groups.digest,
                 "keeps_rows": self.keeps_rows,
             }
-        rank.identity = info.identity
-        self.folder.refuse_strangers()  # before the lock, which leaves a file
-        self._lock = RunLock(self.folder.path, run_id)
-        self._lock.acquire(lambda: self._prepare(info, data))
-        self.info = self.folder.read_info()
-        rank.published = self.folder.published(self.info)
+        return info
 
     def _prepare(self, info: RunInfo, data: TextDataModule) -> None:
-        self.folder.prepare(info, data.sample_blocks(), overwrite=self.overwrite, allow_changed=self.allow_changed)
+        super()._prepare(info, data)
         withdraw_passed(self.folder, self.folder.read_info())
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -158,10 +121,7 @@ class ActivationWriter(BasePredictionWriter):
     ) -> None:
         """Hands a batch over; waits when the queue is full, raises when the thread has failed."""
         assert self._thread is not None
-        if trainer.received_sigterm:  # Lightning notes it, tells the ranks that it started, and predicts on
-            ended = StoreError("ended by SIGTERM. What was published stays; start the same command again, and it goes on from here")
-            ended.known_to_all_ranks = True
-            raise ended
+        self.refuse_sigterm(trainer)
         self._thread.put(self._copier.start(prediction, self._thread.check))
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -170,18 +130,9 @@ class ActivationWriter(BasePredictionWriter):
             self._thread.finish()
             self._thread = None
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Waits for the other ranks: when `predict` returns, every rank has written all that it had.
-
-        Raises:
-            StoreError: If another rank ended before.
-        """
-        try:
-            wait_for_all_ranks(trainer)
-            if self.means is not None:
-                self._fold(trainer)
-        finally:
-            self._release()
+    def _conclude(self, trainer: pl.Trainer) -> None:
+        if self.means is not None:
+            self._fold(trainer)
 
     def _fold(self, trainer: pl.Trainer) -> None:
         """Writes the means on one rank of each node, unless shards are still in other nodes' folders; all wait for them."""
@@ -195,28 +146,11 @@ class ActivationWriter(BasePredictionWriter):
         raise_together(gather(failure_of(fold, f"rank {trainer.global_rank} could not write the means")))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stops the thread. What was published stays; a shard that is not full is not published."""
+        """Stops the thread and gives the folder back."""
         if self._thread is not None:
             self._thread.abandon()
             self._thread = None
-            if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
-                print("interrupted: what was published stays; start the same command again, and it goes on", file=sys.stderr)
-        self._release()
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
-
-
-@dataclass
-class RankReport:
-    """What the ranks tell each other before they begin."""
-
-    identity: dict[str, Any] = field(default_factory=dict)
-    published: set[int] = field(default_factory=set)
-    failure: ExactivationsError | None = None
-    host: str = field(default_factory=socket.gethostname)
+        super().on_exception(trainer, pl_module, exception)
 
 
 class WriterThread:
@@ -317,15 +251,3 @@ class WriterThread:
 
 def _unfilled(shard: int) -> StoreError:
     return StoreError(f"shard {shard} was not filled: batches of it are missing; it is not published")
-
-
-def _first_disagreement(ranks: list[RankReport]) -> IdentityError | None:
-    """Says how the first rank that computes something else than rank 0 (another kind of GPU, another file) differs from it."""
-    for number, rank in enumerate(ranks):
-        differing = [name for name in ranks[0].identity if rank.identity.get(name) != ranks[0].identity[name]]
-        if differing:
-            return IdentityError(
-                f"rank {number} on {rank.host} does not compute the same as rank 0 on {ranks[0].host}:\n"
-                + "\n".join(f"  {name}: {ranks[0].identity[name]!r} there, {rank.identity.get(name)!r} here" for name in differing)
-            )
-    return None

@@ -10,11 +10,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from exactivations.callbacks.activation_writer import ActivationWriter
-from exactivations.callbacks.ranks import failure_of, gather, raise_together, wait_for_all_ranks
 from exactivations.datamodules.draw import n_witnesses
 from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.extraction import ActivationExtractor
 from exactivations.lit_modules.ground_truth import GroundTruth
+from exactivations.lit_modules.ranks import failure_of, gather, raise_together, wait_for_all_ranks
 from exactivations.lit_modules.sample_check import CheckedRun, SampleCheck, SampleResult, summarize
 from exactivations.lit_modules.store_check import damaged_shards
 from exactivations.store.activation_store import ActivationStore

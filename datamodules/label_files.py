@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from exactivations.store.activation_store import ActivationStore
+from exactivations.datamodules.examples import ActivationSource
 from exactivations.store.errors import InvalidInputError
 
 IntArray = npt.NDArray[np.int64]
@@ -65,7 +65,7 @@ class LabelColumn:
             )
 
 
-def column_of(store: ActivationStore, column: str) -> pa.ChunkedArray:
+def column_of(store: ActivationSource, column: str) -> pa.ChunkedArray:
     """Returns a kept column of a store, in the order of store.sample_index.
 
     Raises:
@@ -74,13 +74,13 @@ def column_of(store: ActivationStore, column: str) -> pa.ChunkedArray:
     names = store.samples.column_names
     if column not in names:
         raise InvalidInputError(
-            f"{store.folder.path} has no column {column!r}; it has {', '.join(names)}. Labels that were not kept in extraction can "
+            f"{store.title} has no column {column!r}; it has {', '.join(names)}. Labels that were not kept in extraction can "
             f"be read from a file with a column {INDEX} or {HASH}"
         )
     return store.samples.column(column)
 
 
-def label_column(store: ActivationStore, label: str, file: str | Path | None) -> LabelColumn:
+def label_column(store: ActivationSource, label: str, file: str | Path | None) -> LabelColumn:
     """Returns the labels of all samples of a store, from a kept column or from a file (see `labels_of`).
 
     Raises:
@@ -89,7 +89,7 @@ def label_column(store: ActivationStore, label: str, file: str | Path | None) ->
     """
     if file is None:
         values = column_of(store, label)
-        column = LabelColumn(f"{store.folder.path}, column {label!r}", store.sample_index, values, np.arange(len(store)))
+        column = LabelColumn(f"{store.title}, column {label!r}", store.sample_index, values, np.arange(len(store)))
         column.check_present()
         return column
     path = Path(file).expanduser()
@@ -111,7 +111,7 @@ def label_column(store: ActivationStore, label: str, file: str | Path | None) ->
     return column
 
 
-def _rows_of_samples(path: Path, store: ActivationStore, keys: dict[str, list[Any]]) -> IntArray:
+def _rows_of_samples(path: Path, store: ActivationSource, keys: dict[str, list[Any]]) -> IntArray:
     """Returns the entry of each sample [n]; both keys must agree where both are given."""
     hashes = column_of(store, HASH).to_pylist()
     indices = store.sample_index.tolist()
@@ -131,13 +131,13 @@ def _rows_of_samples(path: Path, store: ActivationStore, keys: dict[str, list[An
     foreign = [key for key in row_of if key not in known]
     if foreign:
         raise InvalidInputError(
-            f"{path}: {name} {foreign[0]} is no sample of {store.folder.path} ({len(foreign):,} of {len(row_of):,} entries): these "
+            f"{path}: {name} {foreign[0]} is no sample of {store.title} ({len(foreign):,} of {len(row_of):,} entries): these "
             "are labels of another dataset, or of samples that were not extracted; give the labels of this store's samples only"
         )
     missing = [index for index, key in zip(indices, of_samples, strict=True) if key not in row_of]
     if missing:
         raise InvalidInputError(
-            f"{path}: sample {missing[0]} of {store.folder.path} is not in it ({len(missing):,} of {len(indices):,} samples): "
+            f"{path}: sample {missing[0]} of {store.title} is not in it ({len(missing):,} of {len(indices):,} samples): "
             "every sample needs a label"
         )
     rows = np.array([row_of[key] for key in of_samples], dtype=np.int64)

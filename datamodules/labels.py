@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from exactivations.datamodules.examples import ActivationSource
 from exactivations.datamodules.label_files import IntArray, LabelColumn, label_column
-from exactivations.store.activation_store import ActivationStore
 from exactivations.store.errors import InvalidInputError, shown
 
 FloatArray = npt.NDArray[np.float64]
@@ -63,7 +63,7 @@ class TokenLabels:
     kind: Literal["token classes"] = "token classes"
 
 
-def labels_of(store: ActivationStore, label: str, file: str | Path | None = None, *, kind: Kind = "auto") -> Labels:
+def labels_of(store: ActivationSource, label: str, file: str | Path | None = None, *, kind: Kind = "auto") -> Labels:
     """Returns the labels of all samples of a store, joined by identity and never by position.
 
     Args:
@@ -96,7 +96,7 @@ def labels_of(store: ActivationStore, label: str, file: str | Path | None = None
     return Labels(label, "classes", classes, new_numbers[numbers], None)
 
 
-def token_labels_of(store: ActivationStore, label: str, file: str | Path | None = None) -> TokenLabels:
+def token_labels_of(store: ActivationSource, label: str, file: str | Path | None = None) -> TokenLabels:
     """Returns the labels of all tokens of a store's samples: a column with a list per sample, of as many labels as it has tokens.
 
     A None in a list means that this token is not labelled; its number is -1. Classes are made as in `labels_of`; there are no real

@@ -216,6 +216,88 @@ class ActivationStore:
                 )  # fmt: skip
                 first = stop
 
+    def rows(self, name: str, numbers: npt.NDArray[np.int64]) -> Tensor:
+        """Returns rows by number [m, D], in the order of the numbers; only those are read from the memory map.
+
+        Args:
+            name: "<hook point>/<pooling>".
+            numbers: int64 [m]. Of a pooled activation, places in `sample_index`. Of tokens, those of all samples counted through in
+                this order: sample i has tokens token_start[i] to token_start[i + 1] - 1.
+
+        Raises:
+            InvalidInputError: If the store does not hold it, or has no such row.
+        """
+        spec = self.info.activations.get(name)
+        if spec is None:
+            raise InvalidInputError(f"{self.title} holds no {name}; it holds {', '.join(self.names)}")
+        return self._by_number(name, numbers, (spec["width"],), getattr(torch, spec["dtype"]), bool(spec["per_token"]))
+
+    def token_ids(self, numbers: npt.NDArray[np.int64]) -> Tensor:
+        """Returns the ids int32 [m] of tokens by number (see `rows`).
+
+        Raises:
+            InvalidInputError: If the store holds no token rows, or has no such token.
+        """
+        self._refuse_without_tokens()
+        return self._by_number("input_ids", numbers, (), torch.int32, per_token=True)
+
+    def are_content(self, numbers: npt.NDArray[np.int64]) -> Tensor:
+        """Returns whether tokens by number (see `rows`) are content, bool [m], and not special.
+
+        Raises:
+            InvalidInputError: If the store holds no token rows, or has no such token.
+        """
+        self._refuse_without_tokens()
+        return self._by_number("token_mask", numbers, (), torch.bool, per_token=True)
+
+    def _refuse_without_tokens(self) -> None:
+        if not self._has_tokens:
+            raise InvalidInputError(
+                f"{self.title} holds no tokens: extract with --pooling tokens; it holds {', '.join(self.names)}"
+            )
+
+    def _by_number(
+        self, name: str, numbers: npt.NDArray[np.int64], shape: tuple[int, ...], dtype: torch.dtype, per_token: bool
+    ) -> Tensor:
+        n = int(self.token_start[-1]) if per_token else len(self)
+        if len(numbers) and (numbers.min() < 0 or numbers.max() >= n):
+            raise InvalidInputError(f"{self.title} has {name} of rows 0 to {n - 1}, asked for {numbers.min()} to {numbers.max()}")
+        position = np.searchsorted(self.token_start, numbers, side="right") - 1 if per_token else numbers
+        row = (
+            self._first_token[position] + numbers - self.token_start[position] if per_token else self._row[numbers].astype(np.int64)
+        )
+        shard = self._shard[position]
+        order = np.lexsort((row, shard))
+        starts = np.flatnonzero(np.diff(shard[order], prepend=-1))
+        out = torch.empty(len(numbers), *shape, dtype=dtype)
+        for chosen in np.split(order, starts)[1:]:  # what is before the first start is nothing
+            out[torch.from_numpy(chosen)] = self._tensors(int(shard[chosen[0]]))[name][torch.from_numpy(row[chosen])]
+        return out
+
+    @cached_property
+    def token_start(self) -> npt.NDArray[np.int64]:
+        """int64 [n+1]: how many tokens the samples before each one have, in the order of `sample_index`."""
+        return np.concatenate([[0], np.cumsum(self._n_tokens, dtype=np.int64)])
+
+    @cached_property
+    def _first_token(self) -> npt.NDArray[np.int64]:
+        """int64 [n]: the row of each sample's first token in its shard."""
+        first = np.empty(len(self), dtype=np.int64)
+        for shard, positions in self._positions.items():
+            ends = self._token_ends(shard)
+            first[positions] = ends - self._n_tokens[positions]
+        return first
+
+    @property
+    def per_token(self) -> dict[str, bool]:
+        """Whether there is a row for each token, and not for each sample, by the name of the activation."""
+        return {name: bool(spec["per_token"]) for name, spec in self.info.activations.items()}
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return str(self.folder.path)
+
     def to_numpy(self, hook_point: str, pooling: str) -> npt.NDArray[Any]:
         """Returns `pooled` as a numpy array; bfloat16, which numpy does not know, becomes float32 (exactly)."""
         return _numpy(self.pooled(hook_point, pooling))
