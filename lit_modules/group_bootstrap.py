@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from exactivations.lit_modules.auroc import batched_auroc
-from exactivations.lit_modules.probe_inputs import UndefinedMetricError
+from exactivations.lit_modules.probe_inputs import UndefinedMetricError, class_numbers, refuse_missing_class
 from exactivations.lit_modules.probe_metrics import Metric
 from exactivations.store.errors import InvalidInputError
 
@@ -108,44 +108,58 @@ def interval_of_difference(
 
 
 def auroc_intervals(
-    scores: Float[Tensor, "p n"],
+    scores: Float[Tensor, "p n ..."],
     labels: Int64[Tensor, " n"],
     groups: Groups,
     *,
-    baseline: Float[Tensor, " n"] | None = None,
+    baseline: Float[Tensor, " n ..."] | None = None,
     n_resamples: int = 1000,
     level: float = 0.95,
     seed: int = 0,
 ) -> list[Interval]:
     """Returns the interval of the AUROC of each of P probes: to the bit that of `intervals(auroc, ...)`, in far less time.
 
-    With the scores of a baseline it is the interval of what each probe has over it, as in `interval_of_difference`. Other
-    arguments and errors are those of `intervals`.
+    Of two classes scores are [P, n]; of more they are [P, n, K], and the AUROC is the mean of each class against the rest. With the
+    scores of a baseline it is the interval of what each probe has over it, as in `interval_of_difference`. Other arguments and
+    errors are those of `intervals`.
     """
     resampling = _Resampling(n_resamples, level, seed)
     if baseline is not None:
-        if scores.ndim != 2 or baseline.shape != scores.shape[1:]:
+        if scores.ndim < 2 or baseline.shape != scores.shape[1:]:
             raise InvalidInputError(f"scores must be [P, n] and baseline [n], got {list(scores.shape)} and {list(baseline.shape)}")
         scores = torch.cat([scores.detach().cpu().double(), baseline.detach().cpu().double()[None]])
-    estimates = batched_auroc(scores, labels)
+    n_classes = scores.shape[2] if scores.ndim == 3 else 2
+    if n_classes > 2:  # of each class against the rest, a missing one would go by another's number, and a foreign one unseen
+        refuse_missing_class(class_numbers(labels, n_classes, scores.shape[1]), n_classes)
+    estimates = _areas(scores, labels)
     member, n_groups = _numbered(groups, len(labels))
-    n_of_class = np.stack([np.bincount(member, weights=(labels == number).cpu(), minlength=n_groups) for number in (0, 1)])
+    n_of_class = np.stack(
+        [np.bincount(member, weights=(labels == number).cpu(), minlength=n_groups) for number in range(n_classes)]
+    )
 
-    def with_both_classes(times: _IntArray) -> _IntArray:
+    def with_every_class(times: _IntArray) -> _IntArray:
         for number, weight in enumerate(n_of_class @ times):
             if not weight:
                 raise UndefinedMetricError(f"AUROC is undefined: no sample is of class {number}")
         return times
 
-    drawn, n_undefined = resampling.draw(n_groups, with_both_classes)
+    drawn, n_undefined = resampling.draw(n_groups, with_every_class)
     times = torch.from_numpy(np.stack(drawn))
     step = max(1, _BLOCK // len(labels))
     blocks = (times[start : start + step, torch.from_numpy(member)] for start in range(0, len(times), step))
-    values = torch.cat([batched_auroc(scores, labels, block) for block in blocks]).mT
+    values = torch.cat([_areas(scores, labels, block) for block in blocks]).mT
     if baseline is not None:
         estimates, values = estimates[:-1] - estimates[-1], values[:-1] - values[-1]
     pairs = zip(estimates.tolist(), values.numpy(), strict=True)
     return [resampling.interval(estimate, of_probe, n_groups, n_undefined) for estimate, of_probe in pairs]
+
+
+def _areas(scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Returns the AUROC [P] or [R, P], of more than two classes the mean of each against the rest."""
+    if scores.ndim != 3:
+        return batched_auroc(scores, labels, weights)
+    areas = [batched_auroc(scores[..., number], (labels == number).long(), weights) for number in range(scores.shape[2])]
+    return torch.stack(areas, dim=-1).mean(dim=-1)
 
 
 @dataclass(frozen=True)

@@ -33,12 +33,15 @@ class ModelOptions:
         dtype: "auto" is the checkpoint's own dtype on an accelerator, and float32 on a CPU, where half precision is slow.
         attn_implementation: As Hugging Face names them: "sdpa", "eager", "flash_attention_2", …; None leaves it to the model.
         trust_remote_code: Whether code from the model's repository may run here.
+        random_weights: Take nothing of a checkpoint but its configuration, and draw the weights with this seed as transformers
+            does before training: a control, that tells what training has put into a model.
     """
 
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: str | None = None
     trust_remote_code: bool = False
+    random_weights: int | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", *DTYPES):
@@ -80,8 +83,15 @@ def load_model(
     where: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     with_head = wants_head is not None and _has_head_around_its_body(name, options, wants_head)
     auto: Any = AutoModelForCausalLM if with_head else AutoModel
+    loading: dict[str, Any] = {"missing_keys": ()}
     try:
-        model, loading = auto.from_pretrained(resolve_model(name), dtype=dtype, output_loading_info=True, **where, **arguments)
+        if options.random_weights is None:
+            model, loading = auto.from_pretrained(resolve_model(name), dtype=dtype, output_loading_info=True, **where, **arguments)
+        else:
+            config = AutoConfig.from_pretrained(resolve_model(name), **where)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(options.random_weights)
+                model = auto.from_config(config, dtype=config.dtype if dtype == "auto" else dtype, **arguments)
     except (OSError, ValueError, ImportError) as error:
         raise InvalidInputError(f"model {name!r} could not be loaded: {error}") from error
     model.train(False)

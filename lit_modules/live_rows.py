@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from exactivations.datamodules.text import PlannedBatches
-from exactivations.lit_modules.extraction import ActivationExtractor, check_lengths
-from exactivations.lit_modules.means_origin import Samples, data_for, model_of
+from exactivations.lit_modules.extraction import ActivationExtractor
+from exactivations.lit_modules.live_activations import live_batches
+from exactivations.lit_modules.origin import Samples, data_for, model_of
 from exactivations.store.errors import InvalidInputError
 from exactivations.store.means_file import MeansFile, origin_of, refuse_another_origin
 from exactivations.store.vectors import Vector
@@ -56,18 +56,16 @@ def live_rows(
     if label_column is not None and label_column not in data.full_dataset.column_names:
         raise InvalidInputError(f"there is no column {label_column!r}; there are {', '.join(data.full_dataset.column_names)}")
     data.setup()
-    check_lengths(extractor.load(device).model, data)
+    extractor.load(device)
     now = origin_of({**extractor.identity(), **data.identity()}, vector.hook_points)
     refuse_another_origin(file.origin_at(vector.hook_points), now, "what is there now")
-    n, batches = len(data.tokens), PlannedBatches(data.tokens, data.plan, list(range(data.plan.n_shards)))
+    n = len(data.tokens)
     found: list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = []
     counted = torch.empty(n, dtype=torch.int64)
-    for number in range(len(batches)):
-        batch = batches[number]
+    for batch in live_batches(extractor, data, device):
         positions = np.searchsorted(data.tokens.sample_index, batch.sample_index.numpy())
-        out = extractor(batch)
-        found.append((positions, vector.rows({key: values.cpu() for key, values in out.activations.items()})))
-        counted[torch.from_numpy(positions)] = batch.token_mask.sum(dim=1)
+        found.append((positions, vector.rows(batch.activations)))
+        counted[torch.from_numpy(positions)] = torch.stack([mask.sum() for mask in torch.split(batch.token_mask, batch.n_tokens.tolist())])
     rows = np.empty((n, found[0][1].shape[1]))
     for positions, values in found:
         rows[positions] = values

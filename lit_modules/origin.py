@@ -1,7 +1,7 @@
-"""The parts that means were made of, made again from their description: to add samples, and to compare texts with them."""
+"""The model and tokenizer that a result was made with, made again from its description: to add, compare or score samples."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from exactivations.datamodules.text import TextDataModule
 from exactivations.datamodules.tokenization import TextOptions
@@ -12,9 +12,19 @@ from exactivations.store.pooling_names import TOKENS
 from exactivations.store.vectors import poolings_needed
 
 
+class Described(Protocol):
+    """A result that says what it was made with: `about`, how model and tokenizer are called, and `identity`, what they are."""
+
+    @property
+    def about(self) -> dict[str, Any]: ...  # noqa: D102
+
+    @property
+    def identity(self) -> dict[str, Any]: ...  # noqa: D102
+
+
 @dataclass(frozen=True)
 class Samples:
-    """Which samples of a dataset; see `TextDataModule`. Columns default to those that the means were made of."""
+    """Which samples of a dataset; see `TextDataModule`. Columns default to those that the result was made of."""
 
     dataset: str | list[str]
     config: str | None = None
@@ -26,15 +36,17 @@ class Samples:
     on_empty: Literal["error", "skip"] = "error"
 
 
-def model_of(file: MeansFile, model: str | None = None) -> tuple[str, ModelOptions]:
-    """Returns how the model of some means is called (or lies now, if that is given) and loaded.
+def model_of(result: Described, model: str | None = None) -> tuple[str, ModelOptions]:
+    """Returns how the model of a result is called (or lies now, if that is given) and loaded.
 
     Raises:
         InvalidInputError: If it was an object without a name, and none is given.
     """
-    about, identity = file.about, file.identity
+    about, identity = result.about, result.identity
     name = named(model or about["model"], "model", identity["model_class"])
-    return name, ModelOptions(about["revision"], identity["dtype"], about["attn_implementation"], about["trust_remote_code"])
+    return name, ModelOptions(
+        about["revision"], identity["dtype"], about["attn_implementation"], about["trust_remote_code"], about["random_weights"]
+    )
 
 
 def points_of(file: MeansFile) -> list[str]:
@@ -49,14 +61,14 @@ def poolings_of(file: MeansFile) -> list[str]:
 
 
 def data_for(
-    file: MeansFile, samples: Samples, tokenizer: str | None = None, keep_columns: list[str] | None = None
+    result: Described, samples: Samples, tokenizer: str | None = None, keep_columns: list[str] | None = None
 ) -> TextDataModule:
-    """Makes a data module that tokenizes samples as those of the means were; it keeps no columns but those named.
+    """Makes a data module that tokenizes samples as those of the result were; it keeps no columns but those named.
 
     Raises:
         InvalidInputError: If the tokenizer was an object without a name, and none is given.
     """
-    about = file.about
+    about = result.about
     columns: dict[str, Any] = {
         "text_column": samples.text_column or about["text_column"],
         "messages_column": samples.messages_column or about["messages_column"],
@@ -64,7 +76,7 @@ def data_for(
     }
     if isinstance(samples.dataset, list):
         columns |= {"text_column": "text", "messages_column": None}
-    recorded = {f.name: file.identity[f.name] for f in fields(TextOptions) if f.name not in columns}
+    recorded = {f.name: result.identity[f.name] for f in fields(TextOptions) if f.name not in columns}
     return TextDataModule(
         samples.dataset,
         named(tokenizer or about["tokenizer"], "tokenizer", "tokenizer object"),

@@ -4,10 +4,11 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from exactivations.datamodules.embedded import resolve_model
+from exactivations.datamodules.embedded import EMBEDDED
 from exactivations.datamodules.plan import PlanOptions
 from exactivations.datamodules.text import TextDataModule
 from exactivations.datamodules.tokenization import TextOptions
@@ -26,25 +27,14 @@ def run_info(extractor: ActivationExtractor, data: TextDataModule, specs: dict[s
     return RunInfo(
         identity={**extractor.identity(), **data.identity()},
         about={
-            "model": _absolute(extractor.model_name),
+            "model": absolute(extractor.model_name),
             "revision": getattr(extractor.load(extractor.device).model.config, "_commit_hash", None) or options.revision,
             "attn_implementation": options.attn_implementation,
             "trust_remote_code": options.trust_remote_code,
-            "tokenizer": _absolute(_name_of(data.tokenizer)),
-            "tokenizer_revision": data.tokenizer_revision,
-            "dataset": _absolute(str(data.source)) if isinstance(data.source, str | Path) else None,
-            "dataset_kind": type(data.source).__name__,
-            "config": data.config,
-            "split": data.split,
-            "text_column": data.text.text_column,
-            "messages_column": data.text.messages_column,
-            "on_empty": data.text.on_empty,
-            "num_samples": data.num_samples,
-            "sample_seed": data.sample_seed,
-            "keep_columns": data.keep_columns,
-            "n_truncated": int(data.tokens.truncated.sum()),
+            "random_weights": options.random_weights,
+            **about_data(data),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": {name: version(name) for name in PACKAGES},
+            "versions": versions(),
         },
         n_shards=data.plan.n_shards,
         n_samples=len(data.tokens),
@@ -55,14 +45,39 @@ def run_info(extractor: ActivationExtractor, data: TextDataModule, specs: dict[s
     )
 
 
+def about_data(data: TextDataModule) -> dict[str, Any]:
+    """Returns what is told of data but does not decide values: what it is called and how it was asked for."""
+    return {
+        "tokenizer": absolute(_name_of(data.tokenizer)),
+        "tokenizer_revision": data.tokenizer_revision,
+        "dataset": absolute(str(data.source)) if isinstance(data.source, str | Path) else None,
+        "dataset_kind": type(data.source).__name__,
+        "config": data.config,
+        "split": data.split,
+        "text_column": data.text.text_column,
+        "messages_column": data.text.messages_column,
+        "on_empty": data.text.on_empty,
+        "num_samples": data.num_samples,
+        "sample_seed": data.sample_seed,
+        "keep_columns": data.keep_columns,
+        "n_truncated": int(data.tokens.truncated.sum()),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the packages that values depend on."""
+    return {name: version(name) for name in PACKAGES}
+
+
 def _name_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
     name: str = tokenizer.name_or_path
-    return "demo" if name == resolve_model("demo") else name or None
+    embedded = {str(path): short for short, path in EMBEDDED.items()}
+    return embedded.get(name, name) or None
 
 
-def _absolute(name: str | None) -> str | None:
+def absolute(name: str | None) -> str | None:
     """Returns the full path of a local file or folder, so that it is found from any working directory; other names as they are."""
-    return str(Path(name).resolve()) if name is not None and name != "demo" and Path(name).exists() else name
+    return str(Path(name).resolve()) if name is not None and name not in EMBEDDED and Path(name).exists() else name
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,9 @@ def extractor_of(info: RunInfo, elsewhere: Elsewhere) -> ActivationExtractor:
     """
     about, identity = info.about, info.present_identity
     model = named(elsewhere.model or about["model"], "model", identity["model_class"])
-    options = ModelOptions(about["revision"], identity["dtype"], about["attn_implementation"], about["trust_remote_code"])
+    options = ModelOptions(
+        about["revision"], identity["dtype"], about["attn_implementation"], about["trust_remote_code"], about["random_weights"]
+    )
     return ActivationExtractor(
         model, identity["hook_points"], identity["poolings"], options=options,
         store_dtype=identity["store_dtype"], cpu_threads=identity["cpu_threads"],

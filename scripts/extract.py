@@ -39,6 +39,7 @@ def extract(
     store_dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    random_weights: int | None = None,
     devices: int = 1,
     accelerator: str = "auto",
     num_nodes: int = 1,
@@ -84,6 +85,7 @@ def extract(
         store_dtype: Dtype on disk. Default: the model's.
         attn_implementation: sdpa, eager, flash_attention_2, ... Default: the model's.
         trust_remote_code: Whether code from the model's repository may run.
+        random_weights: Draw the weights with this seed instead of loading them: an untrained model, as a control.
         devices: Devices (or CPU processes) on each node.
         accelerator: auto, gpu or cpu.
         num_nodes: Nodes; start the same command on each, by torchrun, SLURM or hand.
@@ -106,9 +108,8 @@ def extract(
     from exactivations.lit_modules.language_model import ModelOptions
     from exactivations.scripts.prediction import Machine, Reading, hook_points_of, plan_data, predict
 
-    reading = Reading(
-        model, ModelOptions(revision, dtype, attn_implementation, trust_remote_code), [], pooling or ["mean", "last"], store_dtype
-    )
+    options = ModelOptions(revision, dtype, attn_implementation, trust_remote_code, random_weights)
+    reading = Reading(model, options, [], pooling or ["mean", "last"], store_dtype)
     skeleton, names = hook_points_of(reading, layers, hooks or ["resid_post"])
     reading = replace(reading, hook_points=names)
     data = TextDataModule(

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
-from exactivations.store.errors import InvalidInputError, StoreError
-from exactivations.store.shard import publishing
+from exactivations.scripts.png import png_path, write_png
+from exactivations.store.errors import InvalidInputError
 from exactivations.store.similarity import mean_off_diagonal
 
 MOST_LABELS = 30  # more do not fit beside a matrix
@@ -38,9 +38,7 @@ def heat_maps(
         InvalidInputError: If the matrices are not cosines of the same rows, or labels or path do not fit.
         StoreError: If the file cannot be written.
     """
-    path, n = Path(path), len(before) if before.ndim else 0
-    if path.suffix != ".png":
-        raise InvalidInputError(f"a heat map is a PNG: {path} must end in .png")
+    path, n = png_path(path), len(before) if before.ndim else 0
     if before.shape != after.shape or (labels is not None and len(labels) != n):
         raise InvalidInputError(
             f"two heat maps are of the same rows: got shapes {list(before.shape)} and {list(after.shape)}"
@@ -67,12 +65,7 @@ def heat_maps(
             ax.set_xlabel(f"{n:,} rows")
     bar = axes[1].inset_axes((1.04, 0.0, 0.05, 1.0))  # as high as the map beside it
     figure.colorbar(image, cax=bar, label="cosine", ticks=[-1, -0.5, 0, 0.5, 1])
-    try:
-        with publishing(path) as temporary:
-            # Without a name of its own, the software would write its version into the file.
-            figure.savefig(temporary, format="png", backend="agg", metadata={"Software": None})
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error}; see that its folder is there and has room, and draw it again") from error
+    write_png(figure, path)
 
 
 def _mean(cosines: Tensor, title: str) -> float:

@@ -220,7 +220,7 @@ def means_add(
 
     from exactivations.callbacks.running_mean import RunningMean
     from exactivations.lit_modules.language_model import load_skeleton
-    from exactivations.lit_modules.means_origin import Samples, data_for, model_of, points_of, poolings_of
+    from exactivations.lit_modules.origin import Samples, data_for, model_of, points_of, poolings_of
     from exactivations.scripts.means_table import tell_means
     from exactivations.scripts.prediction import Machine, Reading, plan_data, predict
     from exactivations.store.errors import InvalidInputError

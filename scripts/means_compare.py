@@ -48,7 +48,7 @@ def means_compare(
 
     from exactivations.datamodules.draw import choose
     from exactivations.lit_modules.live_rows import live_rows
-    from exactivations.lit_modules.means_origin import Samples
+    from exactivations.lit_modules.origin import Samples
     from exactivations.scripts.heat_map import heat_maps
     from exactivations.scripts.verify import chosen_device
     from exactivations.store.activation_store import ActivationStore

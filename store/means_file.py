@@ -26,8 +26,8 @@ FREE_FIELDS = ENVIRONMENT_FIELDS | {
     "means",
 }  # fmt: skip
 MODEL_ABOUT = (
-    "model", "revision", "attn_implementation", "trust_remote_code", "tokenizer", "tokenizer_revision", "text_column",
-    "messages_column",
+    "model", "revision", "attn_implementation", "trust_remote_code", "random_weights", "tokenizer", "tokenizer_revision",
+    "text_column", "messages_column",
 )  # fmt: skip
 
 

@@ -1,0 +1,98 @@
+"""Scores of samples by saved probes: computed live, only as deep into the model as the probe needs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exactivations.datamodules.text import TextDataModule
+from exactivations.lit_modules.extraction import ActivationExtractor
+from exactivations.lit_modules.live_activations import live_batches
+from exactivations.lit_modules.origin import Samples, data_for, model_of
+from exactivations.lit_modules.probe_file import SavedProbes
+from exactivations.store.batches import ActivationBatch
+from exactivations.store.means_file import origin_of, refuse_another_origin
+
+
+@dataclass(frozen=True)
+class ScoredSample:
+    """One sample and what a probe says of it, or of its tokens.
+
+    Attributes:
+        sample_index: Its index in the dataset.
+        input_ids: int64 [T], and token_mask: bool [T], True where a token is content.
+        probabilities: float64 of the second of two classes, [K] of more, or a value; of a probe of tokens with a first dimension T.
+    """
+
+    sample_index: int
+    input_ids: Tensor
+    token_mask: Tensor
+    probabilities: Tensor
+
+
+class Scorer:
+    """Saved probes put on their model.
+
+    Args:
+        probes: What `load_probes` gave.
+        vector: Which probe or ensemble; None is the one that validation chose.
+        model: How the model is called or lies now, if otherwise than when the probes were trained.
+        tokenizer: Its tokenizer, likewise.
+        device: Where the model is put.
+
+    Raises:
+        InvalidInputError: If there is no such probe or model.
+    """
+
+    def __init__(
+        self, probes: SavedProbes, vector: str | None = None, *, model: str | None = None, tokenizer: str | None = None,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
+        self.probes, self.vector = probes, vector or str(probes.content["best"])
+        self._tokenizer, self._device = tokenizer, device
+        self._vectors = probes.vectors_of(self.vector)
+        known = [probes.content["vectors"][name] for name in self._vectors]
+        name, options = model_of(probes, model)
+        self._points = list(dict.fromkeys(vector["hook_point"] for vector in known))
+        poolings = list(dict.fromkeys(vector["pooling"] for vector in known))
+        self.extractor = ActivationExtractor(
+            name, self._points, poolings, options=options, store_dtype=probes.identity["store_dtype"]
+        )
+
+    def data_of(self, samples: Samples) -> TextDataModule:
+        """Returns samples, tokenized as those that the probes were trained on.
+
+        Raises:
+            IdentityError: If model, tokenizer or dtype are not those that the probes were trained on.
+        """
+        data = data_for(self.probes, samples, self._tokenizer)
+        self.extractor.load(self._device)
+        now = origin_of({**self.extractor.identity(), **data.identity()}, self._points)
+        paths = self.probes.identity["hook_paths"]
+        then = self.probes.identity | {"hook_paths": {point: paths[point] for point in sorted(set(self._points))}}
+        refuse_another_origin(then, now, "what is there now", "the probes")
+        return data
+
+    def score(self, data: TextDataModule) -> Iterator[ScoredSample]:
+        """Yields all samples of `data_of(…)`, in the order in which they are computed: the longest first.
+
+        Raises:
+            InvalidInputError: If a sample does not fit the model.
+            NotFiniteError: If an activation is not finite.
+        """
+        for batch in live_batches(self.extractor, data, self._device):
+            yield from self._scored(batch)
+
+    def _scored(self, batch: ActivationBatch) -> Iterator[ScoredSample]:
+        lengths = batch.n_tokens.tolist()
+        ids, masks = torch.split(batch.input_ids, lengths), torch.split(batch.token_mask, lengths)
+        rows = {name: batch.activations[name] for name in self._vectors}
+        n_content = None
+        if self.probes.content["over_tokens"]:
+            rows = {name: values[batch.token_mask] for name, values in rows.items()}
+            n_content = torch.stack([mask.sum() for mask in masks])
+        found = self.probes.probabilities(self.vector, rows, n_content)
+        each = torch.split(found, lengths) if self.probes.scored_per_token else found.unbind()
+        for sample in range(len(lengths)):
+            yield ScoredSample(int(batch.sample_index[sample]), ids[sample], masks[sample], each[sample])
