@@ -1,7 +1,8 @@
-"""DataModules: what comes in. Texts become planned token batches."""
+"""DataModules: what comes in. Texts become planned token batches, stores become rows with labels."""
 
+from exactivations.datamodules.activations import ActivationDataModule
 from exactivations.datamodules.plan import Plan, PlanOptions, plan
 from exactivations.datamodules.text import TextDataModule
 from exactivations.datamodules.tokenization import TextOptions
 
-__all__ = ["Plan", "PlanOptions", "TextDataModule", "TextOptions", "plan"]
+__all__ = ["ActivationDataModule", "Plan", "PlanOptions", "TextDataModule", "TextOptions", "plan"]

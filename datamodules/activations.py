@@ -1,22 +1,23 @@
 """ActivationDataModule: rows and labels of the same samples, in parts that no group straddles."""
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from exactivations.datamodules.example_order import ExamplesInOrder, ShuffledExamples
-from exactivations.datamodules.examples import ActivationSource, Examples, IntArray
+from exactivations.datamodules.example_reading import Steps, WholeVectors, refuse_not_finite_rows
+from exactivations.datamodules.examples import ActivationSource, Examples, IntArray, refuse_other_samples
 from exactivations.datamodules.label_files import column_of
-from exactivations.datamodules.labels import NOT_LABELLED, Kind, Labels, TokenLabels, labels_of, token_labels_of
+from exactivations.datamodules.labels import Kind, Labels, TokenLabels, labels_of, token_labels_of
 from exactivations.datamodules.splits import PARTS, Split, split
+from exactivations.datamodules.token_parts import labelled_tokens, rarest_classes
 from exactivations.store.errors import InvalidInputError
 
 TRUE_LABELS = "labels"
@@ -119,7 +120,7 @@ class ActivationDataModule(pl.LightningDataModule):
             InvalidInputError: If the labels are real values, the name is taken, or there are another number or other classes.
         """
         n = len(self.source) if self.unit == "sample" else int(self.source.token_start[-1])
-        if not self.classes or variant in self.variants:
+        if not self.classes or variant in self.variants or variant.startswith("shuffled "):
             raise InvalidInputError(f"{variant} must be of classes, and have a name of its own")
         if numbers.shape != (n,) or numbers.min() < 0 or numbers.max() >= len(self.classes):
             raise InvalidInputError(f"{variant} must be {n:,} class numbers from 0 to {len(self.classes) - 1}")
@@ -156,7 +157,7 @@ class ActivationDataModule(pl.LightningDataModule):
         """The parts, as places in `source.sample_index`."""
         labels = self.labels
         if isinstance(labels, TokenLabels):
-            strata: Any = _rarest_class(labels)
+            strata: Any = rarest_classes(labels)
         else:
             strata = labels.values if labels.numbers is None else labels.numbers
         return split(
@@ -184,7 +185,7 @@ class ActivationDataModule(pl.LightningDataModule):
                 )
         places = {name: (self.source, name) for name in names}
         for key, other in self.others.items():
-            _refuse_other_samples(key, other, self.source)
+            refuse_other_samples(key, other, self.source)
             absent = [name for name in names if other.per_token.get(name) != per_token]
             if absent:
                 raise InvalidInputError(
@@ -200,23 +201,9 @@ class ActivationDataModule(pl.LightningDataModule):
 
     @cached_property
     def _numbers(self) -> dict[str, IntArray]:
-        labels = self.labels
-        parts: dict[str, IntArray] = {part: getattr(self.split, part) for part in PARTS}
-        if not isinstance(labels, TokenLabels):
-            return parts
-        part_of_sample = np.empty(len(self.source), dtype=np.int8)
-        for number, part in enumerate(PARTS):
-            part_of_sample[parts[part]] = number
-        labelled = np.flatnonzero(labels.numbers != NOT_LABELLED)
-        part_of_token = part_of_sample[self.sample_of(labelled)]
-        found = {part: labelled[part_of_token == number] for number, part in enumerate(PARTS)}
-        for part, numbers in found.items():
-            absent = np.flatnonzero(np.bincount(labels.numbers[numbers], minlength=len(labels.classes)) == 0)
-            if len(absent):
-                raise InvalidInputError(
-                    f"no token of class {labels.classes[absent[0]]!r} of {labels.name} is in {part}: take another seed or share"
-                )
-        return found
+        if isinstance(self.labels, TokenLabels):
+            return labelled_tokens(self.labels, self.split)
+        return {part: getattr(self.split, part) for part in PARTS}
 
     def sample_of(self, numbers: IntArray) -> IntArray:
         """Returns the place of each example's sample, int64 [n]."""
@@ -232,6 +219,20 @@ class ActivationDataModule(pl.LightningDataModule):
     def targets(self, part: str) -> Tensor:
         """Returns the labels of a part, [V, n]: the true ones first, then the other variants."""
         return self._of_variants(part, slice(None))
+
+    def counts(self) -> dict[str, dict[str, Any]]:
+        """Returns of each part how many examples, samples and groups it has, and how many examples of each class."""
+        found = {}
+        for part in PARTS:
+            numbers, labels = self.numbers(part), self.targets(part)[0]
+            counts = torch.bincount(labels, minlength=len(self.classes)).tolist() if self.classes else []
+            found[part] = {
+                "examples": len(numbers),
+                "samples": len(set(self.sample_of(numbers).tolist())),
+                "groups": len(set(self.groups_of(part))),
+                "classes": dict(zip(self.classes, counts, strict=True)),
+            }
+        return found
 
     @cached_property
     def _targets(self) -> dict[str, list[Any]]:
@@ -272,13 +273,15 @@ class ActivationDataModule(pl.LightningDataModule):
             )
         numbers = self.numbers(part)
         if self.batch_size is None:
-            return DataLoader(_WholeVectors(self, part, self.names[rank::world_size]), batch_size=None)
+            return DataLoader(
+                WholeVectors(partial(self.examples, part), numbers, self.names, part, rank, world_size), batch_size=None
+            )
         order: Sampler[Any] = (
             ShuffledExamples(numbers, self.sample_of(numbers), self.batch_size, self.seed, rank, world_size)
             if shuffled
             else ExamplesInOrder(numbers, self.batch_size, rank, world_size)
         )
-        return DataLoader(_Steps(self, part), batch_size=None, sampler=order)
+        return DataLoader(Steps(partial(self.examples, part, self.names)), batch_size=None, sampler=order)
 
     def examples(self, part: str, names: Sequence[str], numbers: IntArray, n_in_step: int | None = None) -> Examples:
         """Returns chosen examples of a part.
@@ -306,15 +309,9 @@ class ActivationDataModule(pl.LightningDataModule):
         else:
             source, inner = self._places[name]
             rows = source.rows(inner, numbers)
-        finite = torch.isfinite(rows).all(dim=1)
-        if not finite.all():
-            place = int(numbers[int((~finite).nonzero()[0])])
-            if self.unit == "token" or self.over_tokens:
-                place = int(np.searchsorted(self.source.token_start, place, side="right")) - 1
-            raise InvalidInputError(
-                f"sample {self.source.sample_index[place]}: {name} is not finite ({int((~finite).sum()):,} of {len(rows):,} rows): "
-                "leave the sample out, or extract in a dtype with more range"
-            )
+        per_token = self.unit == "token" or self.over_tokens
+        places = np.searchsorted(self.source.token_start, numbers, side="right") - 1 if per_token else numbers
+        refuse_not_finite_rows(name, rows, self.source.sample_index[places])
         return rows
 
     def _content_tokens(self, places: IntArray) -> tuple[IntArray, Tensor]:
@@ -327,73 +324,6 @@ class ActivationDataModule(pl.LightningDataModule):
         return tokens[content], torch.from_numpy(np.bincount(owner[content], minlength=len(places)))
 
 
-class _WholeVectors(Dataset[Examples]):
-    """Each vector's rows of a part; one item without vectors if there are none: Lightning would skip the fit, and others wait."""
-
-    def __init__(self, data: ActivationDataModule, part: str, names: list[str]) -> None:
-        self._data, self._part, self._names = data, part, names
-
-    def __len__(self) -> int:
-        return max(1, len(self._names))
-
-    def __getitem__(self, item: int) -> Examples:
-        numbers = self._data.numbers(self._part)
-        if not self._names:
-            return self._data.examples(self._part, [], numbers)
-        name = self._names[item]
-        width = self._data._rows(name, numbers[:1]).shape[1]
-        needed, free = 8 * len(numbers) * width, psutil.virtual_memory().available
-        if needed > free:
-            raise InvalidInputError(
-                f"{name} has {len(numbers):,} rows of {width:,} values for {self._part}: {needed / 2**30:.1f} GiB at once, and "
-                f"{free / 2**30:.1f} GiB of memory are free. Train in steps (--batch-size), or on fewer samples"
-            )
-        return self._data.examples(self._part, [name], numbers)
-
-
-class _Steps(Dataset[Examples]):
-    """The examples that a sampler chooses, of all vectors."""
-
-    def __init__(self, data: ActivationDataModule, part: str) -> None:
-        self._data, self._part = data, part
-
-    def __getitem__(self, item: tuple[IntArray, int]) -> Examples:
-        numbers, n_in_step = item
-        return self._data.examples(self._part, self._data.names, numbers, n_in_step)
-
-
 def _deals_again(trainer: pl.Trainer) -> bool:
     """Returns whether the trainer would deal to the ranks what was dealt to them already; Lightning has no public word for it."""
     return trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler
-
-
-def _rarest_class(labels: TokenLabels) -> IntArray:
-    """Returns for each sample the rarest class among its tokens, so that rare classes are spread over the parts.
-
-    Samples without a labelled token count as of the commonest class.
-    """
-    labelled = labels.numbers != NOT_LABELLED
-    counts = np.bincount(labels.numbers[labelled], minlength=len(labels.classes))
-    by_rarity = np.argsort(counts, kind="stable")
-    rank = np.empty(len(counts), dtype=np.int64)
-    rank[by_rarity] = np.arange(len(counts))
-    lowest = np.full(len(labels.start) - 1, len(counts) - 1)
-    owner = np.repeat(np.arange(len(lowest)), np.diff(labels.start))
-    np.minimum.at(lowest, owner[labelled], rank[labels.numbers[labelled]])
-    rarest: IntArray = by_rarity[lowest]
-    return rarest
-
-
-def _refuse_other_samples(key: str, other: ActivationSource, source: ActivationSource) -> None:
-    if not np.array_equal(other.sample_index, source.sample_index):
-        differ = np.setxor1d(other.sample_index, source.sample_index)
-        raise InvalidInputError(
-            f"{other.title} ({key}) and {source.title} differ: sample {differ[0]} is in one only ({len(differ):,} are)"
-        )
-    hashes = [column_of(one, "token_hash").to_pylist() for one in (other, source)]
-    wrong = [at for at, (there, here) in enumerate(zip(*hashes, strict=True)) if there != here]
-    if wrong:
-        raise InvalidInputError(
-            f"{other.title} ({key}): sample {source.sample_index[wrong[0]]} has other tokens than in {source.title} "
-            f"({len(wrong):,} of {len(source):,} samples): extract the same texts with the same tokenizer and options"
-        )

@@ -63,6 +63,8 @@ class ShuffledExamples(Sampler[tuple[IntArray, int]]):
 class ExamplesInOrder(Sampler[tuple[IntArray, int]]):
     """Yields the examples of this rank, a block of them an item, in their order; and how many there are in the block.
 
+    Every rank has as many items, the last of which may be empty: Lightning waits for all ranks between them.
+
     Args:
         numbers: int64 [n], the examples of all ranks.
         block: Examples of an item.
@@ -72,11 +74,12 @@ class ExamplesInOrder(Sampler[tuple[IntArray, int]]):
 
     def __init__(self, numbers: IntArray, block: int, rank: int = 0, world_size: int = 1) -> None:
         self._numbers, self._block = np.array_split(numbers, world_size)[rank], block
+        self._n_items = max(1, math.ceil(math.ceil(len(numbers) / world_size) / block))
 
     def __len__(self) -> int:
-        return math.ceil(len(self._numbers) / self._block)
+        return self._n_items
 
     def __iter__(self) -> Iterator[tuple[IntArray, int]]:
-        for start in range(0, len(self._numbers), self._block):
-            block = self._numbers[start : start + self._block]
+        for item in range(self._n_items):
+            block = self._numbers[item * self._block : (item + 1) * self._block]
             yield block, len(block)

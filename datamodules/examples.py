@@ -10,6 +10,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from exactivations.store.errors import InvalidInputError
+
 IntArray = npt.NDArray[np.int64]
 
 
@@ -69,6 +71,24 @@ class Examples:
             return tensor.to(device, non_blocking=non_blocking)
 
         rows = {name: moved(rows) for name, rows in self.rows.items()}
-        return replace(
-            self, rows=rows, labels=moved(self.labels), n_tokens=None if self.n_tokens is None else moved(self.n_tokens)
+        return replace(self, rows=rows, labels=moved(self.labels), n_tokens=None if self.n_tokens is None else moved(self.n_tokens))
+
+
+def refuse_other_samples(key: str, other: ActivationSource, source: ActivationSource) -> None:
+    """Refuses a source that is not of the very samples of another.
+
+    Raises:
+        InvalidInputError: Naming the first sample that is in one only, or has other tokens.
+    """
+    if not np.array_equal(other.sample_index, source.sample_index):
+        differ = np.setxor1d(other.sample_index, source.sample_index)
+        raise InvalidInputError(
+            f"{other.title} ({key}) and {source.title} differ: sample {differ[0]} is in one only ({len(differ):,} are)"
+        )
+    hashes = [one.samples.column("token_hash").to_pylist() for one in (other, source)]
+    wrong = [at for at, (there, here) in enumerate(zip(*hashes, strict=True)) if there != here]
+    if wrong:
+        raise InvalidInputError(
+            f"{other.title} ({key}): sample {source.sample_index[wrong[0]]} has other tokens than in {source.title} "
+            f"({len(wrong):,} of {len(source):,} samples): extract the same texts with the same tokenizer and options"
         )

@@ -43,6 +43,8 @@ class ExactProbeSweep(ProbeSweep):
         """Holds kind and data against each other, and forgets an earlier fit."""
         if self.data.batch_size is not None:
             raise InvalidInputError(f"{self.kind} probes need whole vectors: leave the data module's batch_size None")
+        if self.trainer.max_epochs != 1:
+            raise InvalidInputError(f"one epoch fits everything: make the trainer with max_epochs=1, got {self.trainer.max_epochs}")
         if (self.kind == "ridge") != (self.n_classes == 0):
             what = f"{self.n_classes} classes" if self.n_classes else "real values"
             raise InvalidInputError(f"{self.kind} probes cannot be trained on {self.data.label}, which has {what}")

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from exactivations.datamodules.activations import ActivationDataModule
 from exactivations.lit_modules.linear_probes import KINDS, LinearProbes
-from exactivations.lit_modules.probe_results import Scored
+from exactivations.lit_modules.probe_evaluation import Scored
 from exactivations.lit_modules.probes import ProbeSweep
 
 AVERAGE, STACKED = "ensemble: average", "ensemble: stacked"

@@ -65,7 +65,8 @@ def live_rows(
     for batch in live_batches(extractor, data, device):
         positions = np.searchsorted(data.tokens.sample_index, batch.sample_index.numpy())
         found.append((positions, vector.rows(batch.activations)))
-        counted[torch.from_numpy(positions)] = torch.stack([mask.sum() for mask in torch.split(batch.token_mask, batch.n_tokens.tolist())])
+        masks = torch.split(batch.token_mask, batch.n_tokens.tolist())
+        counted[torch.from_numpy(positions)] = torch.stack([mask.sum() for mask in masks])
     rows = np.empty((n, found[0][1].shape[1]))
     for positions, values in found:
         rows[positions] = values

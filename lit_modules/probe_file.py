@@ -12,9 +12,10 @@ from torch import Tensor
 from exactivations.datamodules.activations import ActivationDataModule
 from exactivations.lit_modules.layer_ensembles import AVERAGE, STACKED, average_of, stacked_scores
 from exactivations.lit_modules.linear_probes import LinearProbes
+from exactivations.lit_modules.probe_evaluation import probe_names
 from exactivations.lit_modules.probe_heads import probe_of_state, scores_of
 from exactivations.lit_modules.probe_metrics import threshold_at_fpr
-from exactivations.lit_modules.probe_results import MAX_FPR, ProbeResults, probe_names
+from exactivations.lit_modules.probe_results import MAX_FPR, ProbeResults
 from exactivations.lit_modules.probe_scores import probabilities
 from exactivations.lit_modules.probes import ProbeSweep
 from exactivations.lit_modules.run_description import versions
@@ -91,7 +92,9 @@ class SavedProbes:
         each = [self._scores_of(vector, rows[vector], n_tokens) for vector in self.vectors_of(name)]
         if name == AVERAGE:
             return average_of(stacked_scores(each), len(each))
-        return probe_of_state("linear", self.tensors[STACKED]).scores(stacked_scores(each))[0, 0] if name == STACKED else each[0]
+        if name == STACKED:
+            return scores_of(probe_of_state("linear", self.tensors[STACKED]), stacked_scores(each), None)[0, 0]
+        return each[0]
 
     def probabilities(self, name: str, rows: Mapping[str, Tensor], n_tokens: Tensor | None = None) -> Tensor:
         """Returns float64 [n] of the second of two classes, [n, K] of more, or values [n]; see `scores`."""

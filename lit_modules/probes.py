@@ -97,13 +97,10 @@ class ProbeSweep(pl.LightningModule):
 
     def validation_step(self, batch: Examples, batch_idx: int = 0) -> None:
         """Collects scores."""
-        if not self.trainer.sanity_checking:  # before training, on a few examples
-            self._collect(batch, "validation")
+        self._collect(batch, "validation")
 
     def on_validation_epoch_end(self) -> None:
         """Values every probe, and chooses the best setting of each vector and variant."""
-        if self.trainer.sanity_checking:
-            return
         data, labels = self.data, self.data.targets("validation")
         values: dict[str, Tensor] = {}
         for name, scores in self._gathered("validation").items():

@@ -11,11 +11,18 @@ from exactivations.store.errors import ExactivationsError, StoreError
 
 
 def gather(value: Any) -> list[Any]:
-    """Returns every rank's value, in rank order, to all of them. Every rank has to call it, also one that failed."""
+    """Returns every rank's value, in rank order, to all of them. Every rank has to call it, also one that failed.
+
+    Raises:
+        StoreError: If another rank is gone.
+    """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [value]
     values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    try:
+        torch.distributed.all_gather_object(values, value)
+    except RuntimeError as error:  # what torch.distributed raises when the other side is gone
+        raise StoreError("another rank ended before; it says why. Start the same command again when that is mended") from error
     return values
 
 

@@ -78,8 +78,9 @@ def probe(
     end_with_parent(int(os.environ.get("LOCAL_RANK", "0")))
 
     from exactivations.datamodules.activations import ActivationDataModule
+    from exactivations.lit_modules.probe_evaluation import Bootstrap, refuse_few_groups
     from exactivations.lit_modules.probe_file import PROBES_FILE
-    from exactivations.lit_modules.probe_results import UNTRAINED, Bootstrap, refuse_few_groups
+    from exactivations.lit_modules.probe_results import UNTRAINED
     from exactivations.lit_modules.run_description import Elsewhere
     from exactivations.scripts.probe_run import Training, add_baselines, finish, fit
     from exactivations.store.activation_store import ActivationStore

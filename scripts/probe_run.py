@@ -24,18 +24,10 @@ from exactivations.lit_modules.erasure import erase as erase_classes
 from exactivations.lit_modules.exact_probes import STRENGTHS, ExactProbeSweep
 from exactivations.lit_modules.layer_ensembles import ensembles
 from exactivations.lit_modules.linear_probes import logistic_probes, standardised
+from exactivations.lit_modules.probe_evaluation import Benign, Bootstrap, Scored, chosen_vector, evaluate, probe_names
 from exactivations.lit_modules.probe_file import save_probes
 from exactivations.lit_modules.probe_heads import scores_of
-from exactivations.lit_modules.probe_results import (
-    BASELINE,
-    CONTROL_TASK,
-    Benign,
-    Bootstrap,
-    Scored,
-    chosen_vector,
-    evaluate,
-    probe_names,
-)
+from exactivations.lit_modules.probe_results import BASELINE, CONTROL_TASK
 from exactivations.lit_modules.probe_scores import probabilities
 from exactivations.lit_modules.probes import ProbeSweep
 from exactivations.lit_modules.run_description import Elsewhere, data_of
@@ -153,6 +145,7 @@ def finish(
         of_ensembles, stacking = ensembles(sweep, data, names)
         further = further | of_ensembles
     best = chosen_vector(sweep, data)
+    print(f"intervals by {bootstrap.n_resamples:,} resamples of {len(set(data.groups_of('test'))):,} groups ...")
     results = evaluate(
         sweep, data, further=further, bootstrap=bootstrap,
         benign=None if negatives is None else _benign(negatives, store, sweep, data, best),

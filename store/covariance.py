@@ -148,7 +148,7 @@ class CovarianceAccumulator:
         if width < 1:
             raise InvalidInputError(f"rows need at least one dimension, got width {width}")
         self.width = width
-        self._sums = _Sums.of(torch.zeros(0, width, dtype=torch.float64))
+        self._sums = PowerSums.of(torch.zeros(0, width, dtype=torch.float64))
 
     @property
     def count(self) -> int:
@@ -162,7 +162,7 @@ class CovarianceAccumulator:
             InvalidInputError: If they are not of this width, not of a float dtype, or on a device.
             NotFiniteError: If there is inf or NaN in them.
         """
-        self._sums.add(_Sums.of(_checked(rows, self.width, before=self.count)))
+        self._sums.add(PowerSums.of(_checked(rows, self.width, before=self.count)))
         return self
 
     def merge(self, other: "CovarianceAccumulator") -> "CovarianceAccumulator":
@@ -249,7 +249,7 @@ def _checked(rows: Tensor, width: int, before: int = 0) -> Float64[Tensor, "n d"
 
 
 @dataclass(eq=False)
-class _Sums:
+class PowerSums:
     """Sums over rows x of powers of y = x - centre, which say as much as the rows themselves do here.
 
     The centre is the mean as rounded to float64, and `first` keeps what the rounding left out. Were that taken for zero, each merge
@@ -273,17 +273,19 @@ class _Sums:
     fourth: Float64[Tensor, ""]
 
     @classmethod
-    def of(cls, rows: Float64[Tensor, "n d"]) -> "_Sums":
+    def of(cls, rows: Float64[Tensor, "n d"]) -> "PowerSums":
+        """Returns the sums of rows, about their mean."""
         centre = rows.mean(0) if len(rows) else rows.new_zeros(rows.shape[1])
         y = rows - centre
         lengths = y.square().sum(1)
         return cls(len(rows), centre, y.sum(0), y.mT @ y, y.mT @ lengths, lengths.square().sum())
 
-    def copy(self) -> "_Sums":
+    def copy(self) -> "PowerSums":
+        """Returns the same sums in memory of their own."""
         tensors = (self.centre, self.first, self.second, self.third, self.fourth)
-        return _Sums(self.count, *(tensor.clone() for tensor in tensors))
+        return PowerSums(self.count, *(tensor.clone() for tensor in tensors))
 
-    def add(self, other: "_Sums") -> None:
+    def add(self, other: "PowerSums") -> None:
         """Adds the other's rows; the other is used up (its centre moves)."""
         if not other.count:
             return

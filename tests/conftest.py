@@ -9,7 +9,9 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
 from jaxtyping import install_import_hook
 
-SHAPED = ("lit_modules.pooling", "lit_modules.logistic", "lit_modules.batched_lbfgs", "lit_modules.batched_newton")
+SHAPED = tuple(
+    f"lit_modules.{name}" for name in ("pooling", "logistic", "logistic_hessian", "logistic_loss", "centred_rows", "batched_newton")
+)
 install_import_hook([f"exactivations.{name}" for name in SHAPED], "beartype.beartype")
 
 import torch  # noqa: E402  # after the hook, so that shapes are checked

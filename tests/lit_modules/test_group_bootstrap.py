@@ -201,3 +201,33 @@ def test_too_few_groups_and_what_does_not_fit_are_refused():
         intervals(pm.auroc, scores[0], labels, groups, level=95)
     with refuses("10 resamples leave none beyond either bound at a level of 0.95: take n_resamples of at least 4"):
         intervals(pm.auroc, scores[0], labels, groups, n_resamples=10)
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 2**31), n_classes=st.integers(3, 20), decimals=st.integers(1, 12))
+def test_of_many_classes_too_the_fast_path_gives_the_same_bits(seed, n_classes, decimals):
+    rng = np.random.default_rng(seed)
+    labels = torch.from_numpy(np.concatenate([np.arange(n_classes), rng.integers(0, n_classes, 100)]))
+    groups = torch.from_numpy(rng.integers(0, 12, len(labels)))
+    scores = torch.from_numpy(rng.normal(size=(2, len(labels), n_classes)).round(decimals)) + 2 * torch.eye(n_classes)[labels]
+    scores = scores.softmax(dim=2)
+    options = {"n_resamples": 40, "seed": seed}
+    try:
+        expected = [intervals(pm.auroc, of_probe, labels, groups, **options) for of_probe in scores]
+    except InvalidInputError as error:  # too many resamples lack a class
+        with refuses(r"undefined in 41 of \d+ resamples"):
+            auroc_intervals(scores, labels, groups, **options)
+        assert "undefined in 41" in str(error)
+        return
+    assert auroc_intervals(scores, labels, groups, **options) == expected
+    (over,) = auroc_intervals(scores[:1], labels, groups, baseline=scores[1], **options)
+    assert over == interval_of_difference(pm.auroc, *scores, labels, groups, **options)
+
+
+def test_of_many_classes_a_missing_or_a_foreign_one_is_named():
+    labels = torch.arange(120) % 2
+    scores = torch.rand(1, 120, 3, generator=torch.Generator().manual_seed(0)).softmax(dim=2)
+    with refuses("none of 120 samples is of class 2 .of 3 classes", UndefinedMetricError):
+        auroc_intervals(scores, labels, torch.arange(120) // 6)
+    with refuses("labels must be from 0 to 2 for 3 classes, found 0 to 3"):
+        auroc_intervals(scores, torch.arange(120) % 4, torch.arange(120) // 6)

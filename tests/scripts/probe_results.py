@@ -46,6 +46,6 @@ def results_of(names=LAYERS, *, controls=("untrained",), classes=("no", "yes"), 
         "over_baseline": None if bare else near(0.0623), "best_baseline": None if bare else baselines[0],
         "over_untrained": None if bare else near(0.2211),
         "selectivity": None if bare or not classes else 0.3141, "erased": None if bare else near(0.5),
-        "warnings": [] if bare else ["the text alone is as good: it has +0.010 [-0.010, +0.030]", "another | with `marks` & <b>"],
+        "warnings": [] if bare else ["the text alone may be as good: by +0.010 [-0.010, +0.030]", "another | with `marks` & <b>"],
     }  # fmt: skip
     return ProbeResults(**{**content, **changed})

@@ -66,7 +66,7 @@ def test_every_vector_stands_in_one_line_with_its_own_values(name, write):
 def test_warnings_stand_in_full_before_any_table():
     results = CASES["two classes"]
     report = probe_report(results)
-    first, second = r"the text alone is as good: it has +0.010 [-0.010, +0.030]", r"another \| with \`marks\` &amp; &lt;b&gt;"
+    first, second = r"the text alone may be as good: by +0.010 [-0.010, +0.030]", r"another \| with \`marks\` &amp; &lt;b&gt;"
     assert f"\n> - {first}\n> - {second}\n" in report and report.index(second) < report.index("\n|")
     assert all(f"\nWARNING: {warning}" in results_table(results) for warning in results.warnings)
     assert "Warnings" not in probe_report(results_of(bare=True))

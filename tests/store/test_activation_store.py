@@ -321,3 +321,61 @@ def test_any_lengths_indices_and_shards_read_back(tmp_path_factory, samples, n_s
     assert store.pooled("final_norm", "last").tolist() == [row(i, "final_norm/last") for i in index]
     blocks = list(store.tokens("resid_post.1", block_tokens))
     assert sorted(i for block in blocks for i in block.sample_index.tolist()) == index
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    samples=st.lists(st.tuples(st.integers(0, 10**6), st.integers(1, 12)), min_size=1, max_size=25, unique_by=lambda s: s[0]),
+    n_shards=st.integers(1, 5),
+    leave_out=st.booleans(),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    data=st.data(),
+)
+def test_rows_by_number_are_those_of_a_plain_loop_in_any_order_and_as_often_as_asked(
+    tmp_path_factory, samples, n_shards, leave_out, dtype, data
+):
+    path = tmp_path_factory.mktemp("store")
+    index, lengths = map(list, zip(*sorted(samples), strict=True))
+    n_shards = min(n_shards, len(index))
+    make_store(path, index, lengths, n_shards=n_shards, dtype=dtype, leave_out=[0] if leave_out and n_shards > 1 else [])
+    store, plain = ActivationStore(path, allow_incomplete=True), read_plainly(path)
+    present = sorted(plain)
+    tokens = [(sample, token) for sample in present for token in range(plain[sample][0]["n_tokens"])]
+    assert store.token_start.tolist() == np.cumsum([0, *(plain[sample][0]["n_tokens"] for sample in present)]).tolist()
+
+    def numbers(n):
+        return np.array(data.draw(st.lists(st.integers(0, n - 1), max_size=2 * n)), dtype=np.int64)
+
+    for name in ("resid_post.1/mean", "final_norm/last"):
+        asked = numbers(len(present))
+        found = store.rows(name, asked)
+        assert found.dtype == getattr(torch, dtype) and found.shape == (len(asked), WIDTHS[name])
+        assert found.tolist() == [row(present[number], name) for number in asked]
+    asked = numbers(len(tokens))
+    assert store.rows("resid_post.1/tokens", asked).tolist() == [
+        row(s, "resid_post.1/tokens", t) for s, t in map(tokens.__getitem__, asked)
+    ]
+    assert store.token_ids(asked).tolist() == [ids_of(s, t + 1)[t] for s, t in map(tokens.__getitem__, asked)]
+    assert store.are_content(asked).tolist() == [mask_of(s, t + 1)[t] for s, t in map(tokens.__getitem__, asked)]
+    assert (store.token_ids(asked).dtype, store.are_content(asked).dtype) == (torch.int32, torch.bool)
+
+
+def test_rows_that_are_not_there_are_refused(path, tmp_path):
+    store = ActivationStore(path)
+    assert store.title == str(path)
+    assert store.per_token == {"resid_post.1/mean": False, "resid_post.1/tokens": True, "final_norm/last": False}
+    with pytest.raises(InvalidInputError, match=r"run holds no a/b; it holds resid_post\.1/mean, "):
+        store.rows("a/b", np.array([0]))
+    for wrong in ([-1], [3, 11]):
+        with pytest.raises(InvalidInputError, match=rf"final_norm/last of rows 0 to 10, asked for {wrong[0]} to {wrong[-1]}"):
+            store.rows("final_norm/last", np.array(wrong))
+    for read in (store.token_ids, store.are_content, lambda numbers: store.rows("resid_post.1/tokens", numbers)):
+        assert len(read(np.array([77]))) == 1
+        with pytest.raises(InvalidInputError, match="of rows 0 to 77, asked for 78 to 78"):
+            read(np.array([78]))
+    make_store(tmp_path / "pooled", INDEX, LENGTHS, names=["final_norm/last"])
+    for read in (ActivationStore(tmp_path / "pooled").token_ids, ActivationStore(tmp_path / "pooled").are_content):
+        with pytest.raises(
+            InvalidInputError, match="pooled holds no tokens: extract with --pooling tokens; it holds final_norm/last"
+        ):
+            read(np.array([0]))

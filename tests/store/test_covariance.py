@@ -9,7 +9,7 @@ from sklearn.covariance import LedoitWolf, ledoit_wolf, shrunk_covariance
 from sklearn.covariance import ledoit_wolf_shrinkage as sklearn_shrinkage
 
 from exactivations.store import ActivationStore
-from exactivations.store.covariance import CovarianceAccumulator, _Sums, covariance_of
+from exactivations.store.covariance import CovarianceAccumulator, PowerSums, covariance_of
 from exactivations.store.errors import InvalidInputError, NotFiniteError
 
 from .stores import make_store
@@ -109,7 +109,7 @@ def test_a_mean_that_float64_can_only_round_costs_no_digits_and_results_do_not_c
 def test_sums_about_any_centre_can_be_moved_to_any_other():
     """In an accumulator centres are means, about which some of the terms are too small to be seen."""
     rows, delta = torch.from_numpy(rows_of(8, 40, 5, offset=2.0)), torch.from_numpy(rows_of(9, 1, 5)[0])
-    sums = _Sums.of(rows)
+    sums = PowerSums.of(rows)
     for step in (delta, 3 * delta.flip(0)):
         sums.shift(step)
     y = rows - rows.mean(0) + delta + 3 * delta.flip(0)
