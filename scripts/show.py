@@ -9,8 +9,11 @@ def show(run: str, *, checksums: bool = False) -> None:
         checksums: Read every shard and compare it with its checksum.
     """
     from exactivations.store.activation_store import ActivationStore
+    from exactivations.store.run_folder import RunFolder
     from exactivations.store.verification import read_verification
 
+    if "alphas" in RunFolder(run).read_info().identity:
+        return _show_completions(run, checksums)
     store = ActivationStore(run, allow_incomplete=True, allow_unverified=True, allow_witnesses=True, verify_checksums=checksums)
     verification = read_verification(store.folder, store.info)
     info, about = store.info, store.info.about
@@ -53,6 +56,24 @@ def show(run: str, *, checksums: bool = False) -> None:
         print(f"  verified  {verification.when}: {what}, agree")
     if info.keeps_rows:
         print(how_to_read(run, store.names[0], incomplete=bool(missing)))
+
+
+def _show_completions(run: str, checksums: bool) -> None:
+    from exactivations.store.completions import CompletionStore
+
+    store = CompletionStore(run, allow_incomplete=True, verify_checksums=checksums)
+    identity, about = store.info.identity, store.info.about
+    missing = store.info.n_shards - len(store.folder.published(store.info))
+    state = "complete" if not missing else f"INCOMPLETE: {missing:,} shards are missing; the same command goes on"
+    print(f"{run}: {identity['kind']}, {state}{'; all checksums agree' if checksums else ''}")
+    for part in ("before", "after"):
+        weights = f"{identity[f'{part}_model_class']}, {identity['dtype']}, weights {identity[f'{part}_model'][:12]}"
+        print(f"  {part:<9} {about[part] or 'held in Python'} ({weights})")
+    print(f"  dataset   {about['dataset'] or 'held in Python'}, column {about['messages_column'] or about['text_column']}")
+    print(f"  prompts   {len(store.sample_index):,} of {store.info.n_samples:,}; {about['n_truncated']:,} cut")
+    print(f"  each      {store.rollouts:,} rollouts at alpha {', '.join(f'{alpha:g}' for alpha in store.alphas)}")
+    told = ("max_new_tokens", "temperature", "top_p", "seed", "ignore_eos", "scores")
+    print(f"  drawn     {', '.join(f'{name} {identity[name]}' for name in told)}")
 
 
 def how_to_read(run: str, name: str, *, incomplete: bool = False) -> str:
