@@ -4,7 +4,6 @@ import os
 from pathlib import Path
 
 DEFAULT_SIZES = (10, 100, 1000)
-STEP = 4096  # samples of a step of several processes, of which each takes its share
 
 
 def moderate_fit(
@@ -29,6 +28,7 @@ def moderate_fit(
     accelerator: str = "auto",
     dataset: str | None = None,
     tokenizer: str | None = None,
+    overwrite: bool = False,
     allow_unverified: bool = False,
 ) -> None:
     """Makes prototypes of a label of all vectors by all metrics, and mixtures of layers; chooses on validation, tests once.
@@ -50,11 +50,13 @@ def moderate_fit(
         seed: Of the split and the folds.
         compare: Train logistic and MLP probes on the same parts, too, and probe what the text alone says (length, bag of tokens).
         resamples: Of groups, for the intervals.
-        batch_size: Read in steps of so many samples, where a vector's rows do not fit into memory. Several devices always do.
-        devices: Processes, or GPUs.
+        batch_size: Read in steps of so many samples, where a vector's rows do not fit into memory; with --compare false, since
+            logistic probes need whole vectors.
+        devices: Processes, or GPUs. Each takes some of the vectors, or in steps some of the samples.
         accelerator: cpu, gpu or auto.
         dataset: The dataset of the first run, if it lies elsewhere now; the baselines of the text read it.
         tokenizer: Its tokenizer, likewise.
+        overwrite: Replace the moderator that is in the folder.
         allow_unverified: Read stores that were not verified.
     """
     from exactivations.callbacks.process_watch import end_with_parent
@@ -63,19 +65,27 @@ def moderate_fit(
 
     from exactivations.lit_modules.moderation import DEFAULT_METRICS, STRENGTHS, PrototypeModerator
     from exactivations.lit_modules.moderation_results import moderation_results
-    from exactivations.lit_modules.probe_evaluation import Bootstrap
+    from exactivations.lit_modules.probe_evaluation import Bootstrap, refuse_few_groups
     from exactivations.lit_modules.run_description import Elsewhere
-    from exactivations.scripts.moderate_run import Labelled, Machine, compared, folder_of, opened, written
+    from exactivations.scripts.moderate_run import MLP_STEP, Labelled, Machine, compared, folder_of, opened, with_baselines, written
     from exactivations.scripts.moderation_report import comparison, findings
+    from exactivations.store.errors import InvalidInputError
 
+    if compare and batch_size is not None:
+        raise InvalidInputError(
+            "--batch-size reads in steps, and the logistic probes that prototypes are compared with need whole vectors: leave "
+            "--batch-size out, or pass --compare false"
+        )
     source = opened(runs, pooling, masks, allow_unverified=allow_unverified)
     labelled = Labelled(label, group, label_file, vectors, tuple(shares or (0.6, 0.2, 0.2)), seed)
-    machine, data = Machine(devices, accelerator), labelled.data(source, batch_size or (STEP if devices > 1 else None))
+    machine, data = Machine(devices, accelerator), labelled.data(source, batch_size)
     data.setup()
+    refuse_few_groups(data)
     moderator = PrototypeModerator(metrics or DEFAULT_METRICS, n_folds=folds, strengths=strengths or STRENGTHS)
-    folder = folder_of(out, moderator, data, source)
+    folder = folder_of(out, moderator, data, source, overwrite=overwrite)
+    exact = with_baselines(source, labelled, Elsewhere(tokenizer=tokenizer, dataset=dataset)) if compare else None
     trainer = machine.fitted(moderator, data)
-    further = compared(source, labelled, machine, Elsewhere(tokenizer=tokenizer, dataset=dataset)) if compare else {}
+    further = {} if exact is None else compared(exact, labelled.data(source, MLP_STEP), machine)
     if not trainer.is_global_zero:
         return
     results = moderation_results(moderator, data, further=further, bootstrap=Bootstrap(resamples, seed))
@@ -109,6 +119,8 @@ def moderate_test(
 ) -> None:
     """Applies a moderator to stored activations of other samples, and says what it is worth there.
 
+    Samples may all be of one of two classes: harmless ones alone give the rate of false positives.
+
     Args:
         moderator: The folder that `moderate fit` wrote.
         run: The run folder, of the same model, tokenizer and aggregation.
@@ -119,8 +131,8 @@ def moderate_test(
         label_file: File with the labels, if they are not in the store.
         pooling: How rows of tokens are pooled.
         masks: Pool under the masks of this file.
-        unseen_only: Leave samples out that have the same tokens as one that the moderator was made of or chosen on. They are an
-            error.
+        unseen_only: Leave samples out that have the same tokens as one that the moderator was made of or chosen on, or are of the
+            same group in the fit's column of groups. They are an error.
         resamples: Of groups, for the intervals.
         seed: Of the resamples.
         devices: Processes, or GPUs.
@@ -200,15 +212,18 @@ def moderate_score(
     samples = Samples(texts or str(dataset), config_name, split, text_column, messages_column, num_samples, sample_seed)
     index, distances = live.moderate(live.data_of(samples))
     log_probabilities = saved.grid.log_probabilities(live.name, distances)
+    threshold = saved.threshold_of(live.name)
     print(f"{saved.content['label']} by {live.name} of {saved.name}")
     for sample, words in zip(
-        index.tolist()[:show], in_words(log_probabilities, distances.get(live.name), saved.classes), strict=False
+        index.tolist()[:show], in_words(log_probabilities, distances.get(live.name), saved.classes, threshold), strict=False
     ):
         print(f"{sample:>8}  {words}")
+    if threshold is not None:
+        print(f"* above log-odds of {threshold:.4g}, the threshold for {saved.content['threshold_max_fpr']:.0%} false positives")
     if len(index) > show:
         print(f"{len(index):,} samples; {show} are shown (--show)")
     if out is not None:
-        write_predictions(Path(out), index.numpy(), saved.grid, distances, [live.name], saved.classes)
+        write_predictions(Path(out), index.numpy(), saved.grid, distances, [live.name], saved.classes, {live.name: threshold})
         print(f"{len(index):,} samples -> {out}")
 
 
@@ -227,9 +242,12 @@ def moderate_curve(
     shares: list[float] | None = None,
     seed: int = 0,
     accelerator: str = "auto",
+    overwrite: bool = False,
     allow_unverified: bool = False,
 ) -> None:
     """Shows how good prototypes of few samples per class are: on one test part, over random choices of training samples.
+
+    With the same shares and seed that is the test part of `moderate fit`, looked at again: choose nothing by this curve.
 
     Args:
         runs: Run folders, as in `moderate fit`.
@@ -246,33 +264,43 @@ def moderate_curve(
         shares: Of train, validation and test. Default: 0.6 0.2 0.2.
         seed: Of the split and the draws.
         accelerator: cpu, gpu or auto.
+        overwrite: Replace the picture and the .json.
         allow_unverified: Read stores that were not verified.
     """
     from dataclasses import asdict
 
     from exactivations.lit_modules.moderation import DEFAULT_METRICS, PrototypeModerator
-    from exactivations.lit_modules.sample_curve import sample_curve
+    from exactivations.lit_modules.prototype_grid import checked_metrics
+    from exactivations.lit_modules.sample_curve import refuse_other_sizes, sample_curve
     from exactivations.scripts.moderate_run import Labelled, Machine, opened, write_json
     from exactivations.scripts.moderation_plots import curve_plot
+    from exactivations.scripts.png import png_path
+    from exactivations.store.errors import InvalidInputError
 
+    path = png_path(plot)
+    there = [str(file) for file in (path, path.with_suffix(".json")) if file.exists()]
+    if there and not overwrite:
+        raise InvalidInputError(f"{' and '.join(there)} would be replaced: name another picture, or pass --overwrite")
     source = opened(runs, pooling, allow_unverified=allow_unverified)
     labelled = Labelled(label, group, label_file, None if vector is None else [vector], tuple(shares or (0.6, 0.2, 0.2)), seed)
-    data, chosen = labelled.data(source), list(metrics or DEFAULT_METRICS)
+    data, chosen = labelled.data(source), checked_metrics(metrics or DEFAULT_METRICS)
     data.setup()
+    largest = int(data.targets("train")[0].bincount().max())
+    sizes = sizes or [size for size in DEFAULT_SIZES if size < largest]
+    refuse_other_sizes(data, sizes, draws)
     if vector is None:
         moderator = PrototypeModerator(chosen, n_folds=None)
         Machine(1, accelerator).trainer().fit(moderator, datamodule=data)
         vector = moderator.grid.entries[moderator.chosen][0]
-    largest = int(data.targets("train")[0].bincount().max())
-    points = sample_curve(data, vector, chosen, sizes or [size for size in DEFAULT_SIZES if size < largest], n_draws=draws)
+    points = sample_curve(data, vector, chosen, sizes, n_draws=draws)
     for point in points:
         size = "all" if point.n_per_class is None else f"{point.n_per_class:,}"
         spans = "  ".join(
             f"{what} {mean:.3f} [{low:.3f}, {high:.3f}]" for what, (mean, low, high) in (("AUROC", point.auroc), ("F1", point.f1))
         )
         print(f"{point.entry}  {size:>6} per class ({'/'.join(map(str, point.counts))})  {spans}")
-    path = Path(plot)
     title = f"{label}: {vector}; test: {len(data.numbers('test')):,} samples; bands hold 95% of {draws} draws"
     curve_plot(points, title, path)
     write_json(path.with_suffix(".json"), {"label": label, "classes": data.classes, "points": [asdict(point) for point in points]})
+    print("The test part is that of `moderate fit` with these shares and this seed, looked at again: choose nothing by this curve.")
     print(f"-> {path}, {path.with_suffix('.json')}")

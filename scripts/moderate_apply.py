@@ -1,20 +1,26 @@
 """What `exactivations moderate test` does: a saved moderator on stored activations of other samples."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from exactivations.callbacks.process_watch import named_to_children
-from exactivations.datamodules.label_files import column_of
+from exactivations.datamodules.activations import ActivationDataModule
+from exactivations.datamodules.label_files import label_column
 from exactivations.datamodules.labels import labels_of
 from exactivations.datamodules.stored_samples import StoredSamples
 from exactivations.lit_modules.aggregations import Aggregations
+from exactivations.lit_modules.group_bootstrap import Interval
 from exactivations.lit_modules.moderation import PrototypeModerator
-from exactivations.lit_modules.moderation_results import confusion_of, metrics_on, names_of_groups
-from exactivations.lit_modules.moderator_file import SavedModerator, seen_samples
-from exactivations.lit_modules.probe_evaluation import Bootstrap
+from exactivations.lit_modules.moderation_results import confusion_of, metrics_on
+from exactivations.lit_modules.moderator_file import SavedModerator, of_seen_groups, seen_samples
+from exactivations.lit_modules.probe_evaluation import Bootstrap, names_of_groups
+from exactivations.lit_modules.probe_warnings import FEW_GROUPS
 from exactivations.lit_modules.prototype_diagnosis import diagnose_predictions
 from exactivations.lit_modules.prototype_grid import scores_of
 from exactivations.scripts.moderate_run import Machine, write_json
@@ -39,14 +45,14 @@ def apply_to_runs(application: Application, source: Aggregations, out: Path, mac
     """Predicts all samples, writes what came out and prints what it is worth.
 
     Raises:
-        InvalidInputError: If labels have a class that the moderator does not know, a sample was seen in the fit, or metrics are
-            undefined.
+        InvalidInputError: If labels have a class that the moderator does not know, a sample or its group was seen in the fit, a
+            sample has no group, or metrics are undefined.
         IdentityError: If the runs are of another model, tokenizer or dtype.
     """
     saved, name = application.saved, application.name
     saved.refuse_another(source, name)
     keep, labels = _kept(application, source), _labels(application, source)
-    groups = source.sample_index.tolist() if application.group is None else column_of(source, application.group).to_pylist()
+    groups = _groups(application, source, application.group)
     moderator, data = PrototypeModerator(saved.content["metrics"]), StoredSamples(source, saved.grid.vectors_of(name))
     moderator.grid = saved.grid.part_of(name)
     trainer = machine.trainer()
@@ -68,6 +74,7 @@ def apply_to_runs(application: Application, source: Aggregations, out: Path, mac
             )
         )
     }
+    warnings = _warnings(application, source, len(set(names)), metrics)
     out.mkdir(parents=True, exist_ok=True)
     write_json(
         out / "metrics.json",
@@ -75,18 +82,24 @@ def apply_to_runs(application: Application, source: Aggregations, out: Path, mac
             "moderator": saved.name, "name": name, "runs": source.runs, "label": application.label, "classes": saved.classes,
             "n_samples": len(keep), "n_left_out_as_seen": len(source) - len(keep), "group_column": application.group,
             "metrics": {what: asdict(interval) for what, interval in metrics.items()}, "confusion": confusion,
-            "findings": {entry: [asdict(finding) for finding in found] for entry, found in findings.items()},
+            "warnings": warnings, "findings": {entry: [asdict(finding) for finding in found] for entry, found in findings.items()},
         },
     )  # fmt: skip
     write_predictions(
         out / "predictions.parquet", source.sample_index[keep.numpy()], moderator.grid, distances, moderator.grid.names,
-        saved.classes, of_kept,
+        saved.classes, {entry: saved.threshold_of(entry) for entry in moderator.grid.names}, of_kept,
     )  # fmt: skip
     confusion_plot(confusion, saved.classes, f"{application.label} in {source.title}\n{name}", out / "confusion.png")
-    left_out = f"; {len(source) - len(keep):,} left out, which it was made of or chosen on" if len(keep) < len(source) else ""
+    left_out = (
+        f"; {len(source) - len(keep):,} left out, of which, or of whose groups, it was made or chosen"
+        if len(keep) < len(source)
+        else ""
+    )
     print(f"{application.label} by {name} of {saved.name}: {len(keep):,} samples{left_out}")
     for what, interval in metrics.items():
         print(f"  {COLUMNS[what]:<18} {span(interval)}")
+    for warning in warnings:
+        print(f"WARNING: {warning}")
     for entry, found in findings.items():
         for finding in found:
             print(f"WARNING: {finding.name}: {entry}: {finding.message}. {finding.advice}")
@@ -95,23 +108,72 @@ def apply_to_runs(application: Application, source: Aggregations, out: Path, mac
 
 def _kept(application: Application, source: Aggregations) -> torch.Tensor:
     """Returns places of the samples that are tested, int64 [m]."""
-    seen = np.flatnonzero(seen_samples(application.saved, source))
+    saved = application.saved
+    by_tokens, by_group = seen_samples(saved, source), _of_seen_groups(application, source)
+    seen = np.flatnonzero(by_tokens | by_group)
     if len(seen) and not application.unseen_only:
         raise InvalidInputError(
-            f"{application.saved.name} was made of or chosen on sample {source.sample_index[seen[0]]} of {source.title} "
-            f"({len(seen):,} of {len(source):,} samples, by token hash): what it says of them is no test. Pass --unseen-only to "
-            "leave them out"
+            f"{saved.name} was made of or chosen on sample {source.sample_index[seen[0]]} of {source.title}, or another of its "
+            f"group ({by_tokens.sum():,} of {len(source):,} samples are known by token hash, {by_group.sum():,} by "
+            f"{saved.group_column or 'no'} group): what it says of them is no test. Pass --unseen-only to leave them out"
+        )
+    if len(seen) == len(source):
+        raise InvalidInputError(
+            f"{saved.name} was made of or chosen on every sample of {source.title}, or others of their groups: nothing is left to "
+            "test it on"
         )
     return torch.from_numpy(np.setdiff1d(np.arange(len(source)), seen))
 
 
+def _of_seen_groups(application: Application, source: Aggregations) -> npt.NDArray[np.bool_]:
+    """Returns bool [n], which samples are of a group of the fit; none where the run does not have its column."""
+    saved = application.saved
+    if saved.group_column is None or saved.group_column not in source.samples.column_names:
+        return np.zeros(len(source), dtype=np.bool_)
+    return of_seen_groups(saved, _groups(application, source, saved.group_column))
+
+
+def _groups(application: Application, source: Aggregations, column: str | None) -> list[Any]:
+    """Returns the group of each sample in a column, which may not be empty; without one each sample is its own."""
+    return ActivationDataModule(source, application.label, group=column).groups
+
+
+def _warnings(application: Application, source: Aggregations, n_groups: int, metrics: Mapping[str, Interval]) -> list[str]:
+    """Returns what makes the test doubtful."""
+    found, column = [], application.saved.group_column
+    if column is None:
+        found.append("the moderator was fitted without --group: samples that resemble those of its fit cannot be told")
+    elif column not in source.samples.column_names:
+        found.append(
+            f"{source.title} has no column {column!r}, which no group straddled in the fit: samples of its groups cannot be told, "
+            "only those with the same tokens"
+        )
+    if application.group is None:
+        found.append("no --group was given: if samples resemble each other, intervals are too narrow")
+    if n_groups < FEW_GROUPS:
+        found.append(f"there are {n_groups} groups only: the intervals are too narrow (of 12 groups, 95% ones hold 90%)")
+    if "auroc" not in metrics:
+        found.append(
+            f"all samples are of one class: of AUROC, F1 and the rates at the threshold only {', '.join(metrics)} is defined"
+        )
+    elif metrics["auroc"].high < 0.5:
+        found.append("it is worse than chance on these samples: they differ from those of the fit in more than the draw")
+    return found
+
+
 def _labels(application: Application, source: Aggregations) -> torch.Tensor:
-    """Returns the number of each sample's class, as the moderator counts them, int64 [n]."""
-    labels, classes = labels_of(source, application.label, application.label_file, kind="classes"), application.saved.classes
-    unknown = [name for name in labels.classes if name not in classes]
-    if unknown or labels.numbers is None:
+    """Returns the number of each sample's class, as the moderator counts them, int64 [n]; all may be of one class."""
+    classes, entries = application.saved.classes, list(label_column(source, application.label, application.label_file))
+    if all(entry == entries[0] for entry in entries):
+        named, numbers = [str(entries[0])], np.zeros(len(entries), dtype=np.int64)
+    else:
+        labels = labels_of(source, application.label, application.label_file, kind="classes")
+        assert labels.numbers is not None  # they are classes
+        named, numbers = labels.classes, labels.numbers
+    unknown = [name for name in named if name not in classes]
+    if unknown:
         raise InvalidInputError(
             f"{source.title}: label {application.label!r} has the class {unknown[0]!r}, and {application.saved.name} knows "
             f"{', '.join(map(repr, classes))} only"
         )
-    return torch.tensor([classes.index(name) for name in labels.classes])[torch.from_numpy(labels.numbers)]
+    return torch.tensor([classes.index(name) for name in named])[torch.from_numpy(numbers)]

@@ -1,6 +1,7 @@
 """The parts of `exactivations moderate`: what is read, the fit, what prototypes are held against, and what is written."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from exactivations.lit_modules.exact_probes import ExactProbeSweep
 from exactivations.lit_modules.masked_rows import MaskedRows
 from exactivations.lit_modules.moderation import PrototypeModerator
 from exactivations.lit_modules.moderation_results import ModerationResults
-from exactivations.lit_modules.moderator_file import MODERATOR_FILE, SavedModerator, fingerprint, load_moderator, save_moderator
+from exactivations.lit_modules.moderator_file import MODERATOR_FILE, SavedModerator, fingerprint, save_moderator
 from exactivations.lit_modules.probe_evaluation import Scored, chosen_vector, role_of
 from exactivations.lit_modules.probes import ProbeSweep
 from exactivations.lit_modules.run_description import Elsewhere
@@ -111,15 +112,25 @@ def opened(
     return Aggregations(sources)
 
 
-def compared(source: Aggregations, labelled: Labelled, machine: Machine, elsewhere: Elsewhere) -> dict[str, Scored]:
-    """Trains probes on the same vectors and parts; returns the best of each kind on validation, and baselines of the text.
+def with_baselines(source: Aggregations, labelled: Labelled, elsewhere: Elsewhere) -> ActivationDataModule:
+    """Returns the same vectors and parts, and what the text alone says: what `compared` trains probes on.
 
     Raises:
         InvalidInputError: If the tokens are not in the store, and the dataset is not there or has others.
     """
-    exact, steps = labelled.data(source), labelled.data(source, MLP_STEP)
-    first = source.sources[0]
+    exact, first = labelled.data(source), source.sources[0]
     add_baselines(first if isinstance(first, ActivationStore) else first.store, exact, elsewhere)
+    return exact
+
+
+def compared(exact: ActivationDataModule, steps: ActivationDataModule, machine: Machine) -> dict[str, Scored]:
+    """Trains probes; returns the best of each kind on validation, and baselines of the text.
+
+    Args:
+        exact: What `with_baselines` gave.
+        steps: The same vectors and parts in steps of `MLP_STEP`.
+        machine: What it is computed on.
+    """
     logistic, mlp = ExactProbeSweep("logistic"), TrainedProbeSweep("mlp")
     machine.fitted(logistic, exact)
     machine.fitted(mlp, steps, MLP_EPOCHS)
@@ -130,21 +141,18 @@ def compared(source: Aggregations, labelled: Labelled, machine: Machine, elsewhe
     return found | {name: _scored(logistic, name, exact) for name in exact.names if role_of(name, exact) == "baseline"}
 
 
-def folder_of(out: str | None, moderator: PrototypeModerator, data: ActivationDataModule, source: Aggregations) -> Path:
+def folder_of(
+    out: str | None, moderator: PrototypeModerator, data: ActivationDataModule, source: Aggregations, *, overwrite: bool
+) -> Path:
     """Returns where a moderator goes: where it was said, or a folder named by its label and fingerprint.
 
     Raises:
-        InvalidInputError: If another moderator is there.
+        InvalidInputError: If there is a moderator, and it is not to be replaced.
     """
     mark = fingerprint(moderator, data, source)
     folder = Path(out) if out is not None else Path("moderators") / f"{data.label}-{mark[:16]}"
-    if (folder / MODERATOR_FILE).exists():
-        there = load_moderator(folder)
-        if there.content["fingerprint"] != mark:
-            raise InvalidInputError(
-                f"{folder} holds another moderator, {there.name}: name another folder with --out, or leave --out away, and it is "
-                "named by what it is"
-            )
+    if (folder / MODERATOR_FILE).exists() and not overwrite and os.environ.get("LOCAL_RANK", "0") == "0":
+        raise InvalidInputError(f"{folder} holds a moderator already: name another folder with --out, or pass --overwrite")
     return folder
 
 
@@ -157,7 +165,7 @@ def written(
     write_json(folder / "metrics.json", {"moderator": saved.name, **results.to_json()})
     write_predictions(
         folder / "predictions.parquet", source.sample_index[data.numbers("test")], moderator.grid, moderator.tested,
-        moderator.grid.names, data.classes, data.targets("test")[0],
+        moderator.grid.names, data.classes, results.thresholds, data.targets("test")[0],
     )  # fmt: skip
     grid_plot(results, moderator.grid, folder / "layers.png")
     confusion_plot(results.confusion[table.best], data.classes, f"{data.label} on test\n{table.best}", folder / "confusion.png")

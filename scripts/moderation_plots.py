@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from exactivations.lit_modules.prototype_grid import MLPM, by_aggregation, entry_name, mixture_name
-from exactivations.store.errors import StoreError
-from exactivations.store.shard import publishing
+from exactivations.scripts.png import write_png
 
 if TYPE_CHECKING:
     from exactivations.lit_modules.moderation_results import ModerationResults
@@ -62,7 +61,7 @@ def grid_plot(results: "ModerationResults", grid: "PrototypeGrid", path: str | P
         ax.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel(f"AUROC on test ({table.label})", parse_math=False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    _save(figure, Path(path))
+    write_png(figure, Path(path))
 
 
 def _draw_member(ax: Axes, place: float, member: "VectorResult", style: dict[str, Any], *, is_best: bool) -> None:
@@ -98,7 +97,7 @@ def confusion_plot(counts: Sequence[Sequence[int]], classes: Sequence[str], titl
             shade = "white" if shares[row, column] > 0.5 else "black"
             ax.text(column, row, f"{matrix[row, column]:,}", ha="center", va="center", color=shade)
     figure.colorbar(image, ax=ax, label="share of the label's samples")
-    _save(figure, Path(path))
+    write_png(figure, Path(path))
 
 
 def curve_plot(points: "Sequence[CurvePoint]", title: str, path: str | Path) -> None:
@@ -133,13 +132,4 @@ def curve_plot(points: "Sequence[CurvePoint]", title: str, path: str | Path) -> 
         ax.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=10)
-    _save(figure, Path(path))
-
-
-def _save(figure: Figure, path: Path) -> None:
-    try:
-        with publishing(path) as temporary:
-            # Without a name of its own, the software would write its version into the file.
-            figure.savefig(temporary, format="png", backend="agg", metadata={"Software": None})
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error}; see that its folder is there and has room, and draw it again") from error
+    write_png(figure, Path(path))

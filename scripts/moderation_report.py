@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from exactivations.lit_modules.moderation_results import FALSE_POSITIVES, RECALL
+from exactivations.lit_modules.prototype_grid import scores_of
 from exactivations.store.errors import StoreError
 from exactivations.store.shard import publishing
 
@@ -34,7 +35,7 @@ def moderation_report(results: "ModerationResults", name: str, classes_of_findin
     )
     over = ""
     if table.over_baseline is not None:
-        over = f" That is {span(table.over_baseline, '+.3f')} over `{table.best_baseline}`."
+        over = f" That is {span(table.over_baseline, '+.3f')} over `{table.best_baseline}`, the baseline that is best on test."
     every = [[f"`{v.name}`", _number(v.validation), span(v.test)] for v in table.vectors]
     sections = [
         f"# Moderation of `{table.label}`",
@@ -45,6 +46,11 @@ def moderation_report(results: "ModerationResults", name: str, classes_of_findin
         "## On test\n\n" + comparison(results),
         "## Everything\n\n" + _markdown([["", "AUROC on validation", "AUROC on test"], *every]),
         "## Findings\n\n" + (findings(results, classes_of_findings) or "None."),
+        "## How to read it\n\n"
+        f"Only the chosen one was decided before test was looked at. The {len(table.vectors)} intervals on test are not corrected "
+        "for being so many: the best of them is too good by chance. What the chosen one has over a baseline is held against the "
+        "baseline that is best on test. Intervals say nothing of other training data. `moderate curve` looks at the same test part "
+        "again.",
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -82,11 +88,12 @@ def write_predictions(
     distances: Mapping[str, Tensor],
     names: Sequence[str],
     classes: Sequence[str],
+    thresholds: Mapping[str, float | None],
     labels: Tensor | None = None,
 ) -> None:
     """Writes a row for each sample and moderator: the most probable class, and each class's probability and distance.
 
-    Mixtures have no distances of their own: theirs are null, and those of their layers are in the rows of these.
+    Of two classes also the log-odds of the second, and whether they are above the threshold. Mixtures have no distances of their own: theirs are null, and those of their layers are in the rows of these.
 
     Args:
         path: A .parquet file.
@@ -95,6 +102,7 @@ def write_predictions(
         distances: Of each entry that is needed, [n, K].
         names: Entries and mixtures.
         classes: Their names.
+        thresholds: Of the log-odds of the second of two classes, by name.
         labels: int64 [n], the samples' classes, if they are known.
 
     Raises:
@@ -113,6 +121,11 @@ def write_predictions(
         for number, of in enumerate(classes):
             values = distances[name][:, number].numpy() if name in distances else [None] * n
             columns[f"distance {of}"] = pa.array(values, type=pa.float64())
+        threshold = thresholds.get(name)
+        if threshold is not None:
+            log_odds = scores_of(log_p)[:, 0]
+            columns["log_odds"] = pa.array(log_odds.numpy())
+            columns["above_threshold"] = pa.array((log_odds > threshold).numpy())
         tables.append(pa.table(columns))
     try:
         with publishing(path) as temporary:
@@ -121,12 +134,18 @@ def write_predictions(
         raise StoreError(f"cannot write {path}: {error}") from error
 
 
-def in_words(log_probabilities: Tensor, distances: Tensor | None, classes: Sequence[str]) -> list[str]:
-    """Returns for each sample its most probable class, that one's probability, and the distances, if there are any."""
+def in_words(log_probabilities: Tensor, distances: Tensor | None, classes: Sequence[str], threshold: float | None) -> list[str]:
+    """Returns for each sample its most probable class, that one's probability, and the distances, if there are any.
+
+    With a threshold also the log-odds of the second of two classes, and a star if they are above it.
+    """
     lines = []
     for at, row in enumerate(log_probabilities):
         number = int(row.argmax())
         line = f"{classes[number]}  {float(row[number].exp()):.4f}"
+        if threshold is not None:
+            log_odds = float(scores_of(row[None]))
+            line += f"  log-odds of {classes[1]} {log_odds:.4g}{' *' if log_odds > threshold else ''}"
         if distances is not None:
             line += "  distances " + ", ".join(f"{of} {float(d):.4g}" for of, d in zip(classes, distances[at], strict=True))
         lines.append(line)

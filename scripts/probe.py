@@ -82,7 +82,7 @@ def probe(
     from exactivations.lit_modules.probe_file import PROBES_FILE
     from exactivations.lit_modules.probe_results import UNTRAINED
     from exactivations.lit_modules.run_description import Elsewhere
-    from exactivations.scripts.probe_run import Training, add_baselines, finish, fit
+    from exactivations.scripts.probe_run import Training, add_baselines, finish, fit, refuse_benign, refuse_untrained
     from exactivations.store.activation_store import ActivationStore
     from exactivations.store.errors import InvalidInputError
 
@@ -98,9 +98,16 @@ def probe(
         batch_size=training.examples_of_step,
     )  # fmt: skip
     data.setup()
-    refuse_few_groups(data)
+    bootstrap = Bootstrap(resamples, seed)
+    refuse_few_groups(data, bootstrap)
+    for control in others.values():
+        refuse_untrained(control, store)
+    negatives = None if benign is None else ActivationStore(benign, allow_unverified=allow_unverified)
+    if negatives is not None:
+        refuse_benign(negatives, store, data)
+    if erase and (data.batch_size is not None or not data.classes):
+        raise InvalidInputError("--erase takes classes out of whole vectors: leave it out, or train on whole vectors of classes")
     further = add_baselines(store, data, Elsewhere(tokenizer=tokenizer, dataset=dataset)) if baselines else {}
     sweep, is_first = fit(training, data, folder)
     if is_first:
-        negatives = None if benign is None else ActivationStore(benign, allow_unverified=allow_unverified)
-        finish(folder, sweep, data, store, further, negatives, Bootstrap(resamples, seed), erase=erase)
+        finish(folder, sweep, data, store, further, negatives, bootstrap, erase=erase)

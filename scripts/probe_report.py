@@ -143,8 +143,8 @@ def _threshold(results: "ProbeResults") -> str:
         return ""
     positive, negative = map(_code, reversed(results.classes))
     return (
-        f"## Threshold\n\nCalled {positive} where its probability is above {threshold.value}. That was fixed on "
-        f"{_escaped(threshold.fixed_on)}, so that a share of at most {threshold.max_fpr:g} of its {threshold.n_negatives:,} "
+        f"## Threshold\n\nCalled {positive} where its log-odds, the probe's score, are above {threshold.value:.4f}. That was "
+        f"fixed on {_escaped(threshold.fixed_on)}, so that at most {threshold.max_fpr:g} of its {threshold.n_negatives:,} "
         f"negatives lies above. On test, the share above is {_span(threshold.recall)} of {positive} (recall) and "
         f"{_span(threshold.false_positive_rate)} of {negative} (false positives)."
     )
@@ -164,7 +164,8 @@ def _controls(results: "ProbeResults") -> str:
         f"{_code(vector.name)}: {metric} {_span(vector.test)}, where the model itself has {_span(best.test)}." for vector in same
     ]
     if results.over_untrained is not None:
-        lines.append(f"Over the same vector of the untrained model it has {_span(results.over_untrained, '+.3f')}.")
+        which = _code(results.best_untrained) if results.best_untrained else "the untrained model"
+        lines.append(f"Over {which}, the untrained model's best on validation, it has {_span(results.over_untrained, '+.3f')}.")
     if results.selectivity is not None:
         lines.append(
             f"Selectivity {results.selectivity:+.3f}: accuracy on the labels, less that on a control task of random labels "
@@ -173,7 +174,8 @@ def _controls(results: "ProbeResults") -> str:
     if results.erased is not None:
         lines.append(
             f"Erasure: after LEACE, fitted on train, removed from {_code(best.name)} what is linearly available of the label, a "
-            f"probe that was trained anew, on validation, has {metric} {_span(results.erased)}."
+            f"probe that was trained anew, on validation, has {metric} {_span(results.erased)}"
+            + (f"; trained on validation without erasure it has {_span(results.not_erased)}." if results.not_erased else ".")
         )
     return "\n".join(f"- {line}" for line in lines)
 

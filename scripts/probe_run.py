@@ -3,12 +3,14 @@
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import lightning.pytorch as pl
 import numpy as np
+import psutil
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
@@ -16,7 +18,8 @@ from torch import Tensor
 
 from exactivations.callbacks.process_watch import named_to_children
 from exactivations.datamodules.activations import ActivationDataModule
-from exactivations.datamodules.labels import TokenLabels
+from exactivations.datamodules.examples import IntArray
+from exactivations.datamodules.labels import FloatArray, TokenLabels
 from exactivations.datamodules.splits import PARTS
 from exactivations.datamodules.text_rows import TextTokens, bag_of_tokens, length_rows
 from exactivations.datamodules.token_identity import TokenIdentity, control_labels
@@ -28,7 +31,6 @@ from exactivations.lit_modules.probe_evaluation import Benign, Bootstrap, Scored
 from exactivations.lit_modules.probe_file import save_probes
 from exactivations.lit_modules.probe_heads import scores_of
 from exactivations.lit_modules.probe_results import BASELINE, CONTROL_TASK
-from exactivations.lit_modules.probe_scores import probabilities
 from exactivations.lit_modules.probes import ProbeSweep
 from exactivations.lit_modules.run_description import Elsewhere, data_of
 from exactivations.lit_modules.trained_probes import STRENGTHS as STRENGTHS_IN_STEPS
@@ -42,7 +44,7 @@ from exactivations.store.shard import write_text_atomically
 
 EXAMPLES_OF_STEP = 256  # of an mlp or attention probe, where no number was given
 LENGTH, BAG, IDENTITY = f"{BASELINE}length", f"{BASELINE}bag of tokens", f"{BASELINE}token and the one before"
-LARGEST_BAG = 2**27  # values: 512 MiB
+MOST_TOKENS_OF_BAG = 4096
 
 
 @dataclass(frozen=True)
@@ -91,18 +93,35 @@ def add_baselines(store: ActivationStore, data: ActivationDataModule, elsewhere:
     tokens = TextTokens.of(store, None if any(store.per_token.values()) else data_of(store.info, elsewhere))
     labels = data.labels
     if not isinstance(labels, TokenLabels):
-        bag, _ = bag_of_tokens(tokens, data.split.train, min(4096, LARGEST_BAG // len(store)))
+        needed, free = 4 * MOST_TOKENS_OF_BAG * len(store), psutil.virtual_memory().available
+        if needed > free / 2:
+            raise InvalidInputError(
+                f"a bag of {MOST_TOKENS_OF_BAG:,} tokens of {len(store):,} samples takes {needed / 2**30:.1f} GiB, and "
+                f"{free / 2**30:.1f} GiB are free: pass --baselines false, or probe fewer samples"
+            )
+        bag, _ = bag_of_tokens(tokens, data.split.train, MOST_TOKENS_OF_BAG)
         data.add(LENGTH, torch.from_numpy(length_rows(tokens)))
         data.add(BAG, torch.from_numpy(bag))
         return {}
     n_classes, train = len(labels.classes), data.numbers("train")
     shares = np.bincount(labels.numbers[train], minlength=n_classes) / len(train)
-    data.add_control(CONTROL_TASK, control_labels(tokens.ids, shares, data.seed))
+    data.add_control(CONTROL_TASK, _control(tokens, shares, data))
     identity = TokenIdentity.of(tokens, labels.numbers, n_classes, train)
     scores = {part: torch.from_numpy(np.log(identity.probabilities(tokens, data.numbers(part)))) for part in ("validation", "test")}
     if n_classes == 2:
         scores = {part: log[:, 1:] - log[:, :1] for part, log in scores.items()}
     return {IDENTITY: Scored("baseline", scores["validation"].float(), scores["test"].float())}
+
+
+def _control(tokens: TextTokens, shares: FloatArray, data: ActivationDataModule) -> IntArray:
+    """Returns the labels of a control task, of the first draw that has every class in every part."""
+    for draw in range(100):
+        labels = control_labels(tokens.ids, shares, 100 * data.seed + draw)
+        if all(len(np.unique(labels[data.numbers(part)])) == len(shares) for part in PARTS):
+            return labels
+    raise InvalidInputError(
+        "no draw of the control task has every class in every part, as one of them is too rare: pass --baselines false"
+    )
 
 
 def fit(training: Training, data: ActivationDataModule, folder: Path) -> tuple[ProbeSweep, bool]:
@@ -146,10 +165,10 @@ def finish(
         further = further | of_ensembles
     best = chosen_vector(sweep, data)
     print(f"intervals by {bootstrap.n_resamples:,} resamples of {len(set(data.groups_of('test'))):,} groups ...")
+    erased, not_erased = _erased(sweep, data, best) if erase else (None, None)
     results = evaluate(
-        sweep, data, further=further, bootstrap=bootstrap,
-        benign=None if negatives is None else _benign(negatives, store, sweep, data, best),
-        erased=_erased(sweep, data, best) if erase else None,
+        sweep, data, further=further, bootstrap=bootstrap, erased=erased, not_erased=not_erased,
+        benign=None if negatives is None else _benign(negatives, sweep, best),
     )  # fmt: skip
     save_probes(folder, sweep, data, results, store.info, stacking)
     write_text_atomically(folder / "metrics.json", json.dumps(results.to_json(), indent=1) + "\n")
@@ -170,24 +189,56 @@ def _how(sweep: ProbeSweep, data: ActivationDataModule, store: ActivationStore) 
     ]
 
 
-def _benign(negatives: ActivationStore, store: ActivationStore, sweep: ProbeSweep, data: ActivationDataModule, best: str) -> Benign:
-    """Scores samples that are all negative by the best probe."""
+def refuse_benign(negatives: ActivationStore, store: ActivationStore, data: ActivationDataModule) -> None:
+    """Refuses samples that no threshold can be fixed on, before anything is trained.
+
+    Raises:
+        InvalidInputError: If the threshold would not be of two classes of samples with one row each, or one of the samples is in
+            the run that is probed; it is named.
+        IdentityError: If they are of another model, tokenizer or option.
+    """
     if data.unit == "token" or data.over_tokens or len(data.classes) != 2:
         raise InvalidInputError("--benign fixes the threshold of two classes of samples with one row each: leave it out")
-    point, _, pooling = best.rpartition("/")
-    origin = origin_of(store.info.present_identity, [point])
-    refuse_another_origin(origin, origin_of(negatives.info.present_identity, [point]), negatives.title, store.title)
-    rows = negatives.pooled(point, pooling)
-    return Benign(negatives.title, probabilities(scores_of(sweep.probe(best), rows, None)[0, 0], 2))
+    points = [name.rpartition("/")[0] for name in store.per_token]
+    origin = origin_of(store.info.present_identity, points)
+    refuse_another_origin(origin, origin_of(negatives.info.present_identity, points), negatives.title, store.title)
+    known = set(store.samples.column("token_hash").to_pylist())
+    shared = [at for at, key in enumerate(negatives.samples.column("token_hash").to_pylist()) if key in known]
+    if shared:
+        raise InvalidInputError(
+            f"sample {negatives.sample_index[shared[0]]} of {negatives.title} is in {store.title} too ({len(shared):,} of "
+            f"{len(negatives):,} are): a threshold is fixed on samples that are neither trained nor tested on"
+        )
 
 
-def _erased(sweep: ProbeSweep, data: ActivationDataModule, best: str) -> Tensor:
-    """Returns scores on test of a probe of erased rows: LEACE of train's, a probe of validation's, with the best one's strength."""
-    if data.over_tokens or not data.classes:
-        raise InvalidInputError("--erase takes classes out of vectors with one row each: leave it out")
+def refuse_untrained(untrained: ActivationStore, store: ActivationStore) -> None:
+    """Refuses a run that is no control: of weights that were trained, or another architecture.
+
+    Raises:
+        InvalidInputError: Saying why.
+    """
+    if untrained.info.about["random_weights"] is None:
+        raise InvalidInputError(f"{untrained.title} is of a trained model: --untrained takes a run of extract --random-weights")
+    ours, theirs = (one.info.present_identity["model_config"] for one in (store, untrained))
+    if ours != theirs:
+        raise InvalidInputError(f"{untrained.title} is of another architecture than {store.title} (model_config {theirs}, {ours})")
+
+
+def _benign(negatives: ActivationStore, sweep: ProbeSweep, best: str) -> Benign:
+    """Scores samples that are all negative by the best probe."""
+    rows = negatives.pooled(*best.rsplit("/", 1))
+    return Benign(negatives.title, scores_of(sweep.probe(best), rows, None)[0, 0, :, 0])
+
+
+def _erased(sweep: ProbeSweep, data: ActivationDataModule, best: str) -> tuple[Tensor, Tensor]:
+    """Returns scores on test of probes trained on validation with the best one's strength: after LEACE of train, and without."""
     train, validation, test = (data.examples(part, [best], data.numbers(part)) for part in PARTS)
     mean, scale, standard = standardised(train.rows[best].double())
     eraser = erase_classes(standard, train.labels[0], len(data.classes))
-    on_validation, on_test = (eraser.erased((part.rows[best].double() - mean) / scale) for part in (validation, test))
     strength = sweep.settings[int(sweep.validated[best].chosen[0])].strength
-    return logistic_probes(on_validation, validation.labels[:1], len(data.classes), [strength]).scores(on_test)[0, 0]
+
+    def tested(change: Callable[[Tensor], Tensor]) -> Tensor:
+        on_validation, on_test = (change((part.rows[best].double() - mean) / scale) for part in (validation, test))
+        return logistic_probes(on_validation, validation.labels[:1], len(data.classes), [strength]).scores(on_test)[0, 0]
+
+    return tested(eraser.erased), tested(lambda rows: rows)

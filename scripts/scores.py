@@ -53,7 +53,7 @@ def tell_scores(scored: list[ScoredSample], scorer: Scorer, data: TextDataModule
         for sample in scored[:show]:
             print(f"{sample.sample_index:>8}  {_in_words(sample, classes, threshold)}  {_excerpt(sample, data)}")
         if threshold is not None:
-            print(f"* above {threshold:.4f}, the threshold for {probes.content['threshold_max_fpr']:.0%} false positives")
+            print(f"* log-odds above {threshold:.4f}, the threshold for {probes.content['threshold_max_fpr']:.0%} false positives")
     if len(scored) > show:
         print(f"{len(scored):,} samples; {show} are shown (--show)")
 
@@ -95,7 +95,7 @@ def _row(sample: ScoredSample, scorer: Scorer) -> dict[str, Any]:
         return row | {"class": classes[int(found.argmax())], "probability": dict(zip(classes, found.tolist(), strict=True))}
     row |= {"class": classes[int(found > 0.5)], "probability": float(found)}
     threshold = scorer.probes.threshold_of(scorer.vector)
-    return row if threshold is None else row | {"above_threshold": bool(found > threshold)}
+    return row if threshold is None else row | {"above_threshold": bool(sample.scores[0] > threshold)}
 
 
 def _in_words(sample: ScoredSample, classes: list[str], threshold: float | None) -> str:
@@ -105,7 +105,7 @@ def _in_words(sample: ScoredSample, classes: list[str], threshold: float | None)
     if len(classes) > 2:
         likeliest = int(found.argmax())
         return f"{classes[likeliest]:<16} {float(found[likeliest]):.4f}"
-    return f"{float(found):.4f} {'*' if threshold is not None and found > threshold else ' '}"
+    return f"{float(found):.4f} {'*' if threshold is not None and sample.scores[0] > threshold else ' '}"
 
 
 def _excerpt(sample: ScoredSample, data: TextDataModule) -> str:

@@ -150,33 +150,24 @@ def test_probes_of_tokens_colour_a_page(run, texts, tmp_path):
 
 def test_an_untrained_model_and_a_benign_store_stand_beside(run, texts, folder, tmp_path, capsys):
     untrained = extracted(texts, folder / "untrained", "mean", more=["--random-weights", "0"])
-    main(
-        ["probe", run, "--label", "doc", "--group", "module", "--untrained", untrained, "--benign", run, "--shuffles", "0",
-         "--out", str(tmp_path / "out"), "--resamples", "50"]
-    )  # fmt: skip
+    others = tmp_path / "others.jsonl"
+    others.write_text("\n".join(json.dumps({"text": f"def g{i}(y):\n    return y * {i}\n"}) for i in range(150)))
+    benign = extracted(others, folder / "benign", "tokens", "mean")
+    given = ["probe", run, "--label", "doc", "--group", "module", "--shuffles", "0", "--resamples", "50"]
+    main([*given, "--untrained", untrained, "--benign", benign, "--out", str(tmp_path / "out")])
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["over_untrained"] is not None
-    assert metrics["threshold"]["fixed_on"] == run
-    assert metrics["threshold"]["n_negatives"] == N_TEXTS
+    assert metrics["best_untrained"].startswith("untrained: resid_post.")
+    assert (metrics["threshold"]["fixed_on"], metrics["threshold"]["n_negatives"]) == (benign, 150)
     assert "untrained: resid_post.0/mean" in {vector["name"] for vector in metrics["vectors"] if vector["role"] == "control"}
     saved = load_probes(tmp_path / "out")
     assert all(not name.startswith(("untrained", "baseline")) for name in saved.content["vectors"])
-    message = error_of(
-        capsys,
-        "probe",
-        run,
-        "--label",
-        "doc",
-        "--benign",
-        untrained,
-        "--out",
-        tmp_path / "other",
-        "--resamples",
-        50,
-        "--shuffles",
-        0,
-    )
-    assert "model: " in message
+    assert saved.content["vectors"][saved.content["best"]]["threshold_fixed_on"] == benign
+    new = ["--out", tmp_path / "new"]
+    assert "model: " in error_of(capsys, *given, *new, "--benign", untrained)
+    assert f"sample 0 of {run} is in {run} too" in error_of(capsys, *given, *new, "--benign", run)
+    assert "is of a trained model" in error_of(capsys, *given, *new, "--untrained", run)
+    assert not (tmp_path / "new").exists()  # refused before anything was trained
 
 
 @pytest.mark.parametrize("kind", ["mass-mean", "mlp", "attention"])
