@@ -50,14 +50,14 @@ class ExactProbeSweep(ProbeSweep):
             raise InvalidInputError(f"{self.kind} probes cannot be trained on {self.data.label}, which has {what}")
         if self.balanced and not self.n_classes:
             raise InvalidInputError(f"{self.data.label} has real values, and so no classes to balance")
-        self.fitted, self.validated, self._best = {}, {}, {}
+        self.fitted, self.validated = {}, {}
 
     def training_step(self, batch: Examples, batch_idx: int = 0) -> None:
         """Fits all probes of the batch's vector."""
         weight = self._sample_weight(batch.labels) if self.balanced else None
         for name, rows in batch.rows.items():
             strengths = [setting.strength for setting in self.settings]
-            self.fitted[name] = KINDS[self.kind](rows, batch.labels, self.n_classes, strengths, weight)
+            self.fitted[name] = KINDS[self.kind](rows, batch.labels, self.n_classes, strengths, weight).to("cpu")
 
     def on_train_end(self) -> None:
         """Gives every rank all probes."""
@@ -66,7 +66,7 @@ class ExactProbeSweep(ProbeSweep):
 
     def scores(self, name: str, batch: Examples) -> Tensor:
         """Returns the scores of a vector's probes [V, S, n, K']."""
-        return self.fitted[name].scores(batch.rows[name])
+        return self.fitted[name].to(batch.rows[name].device).scores(batch.rows[name])
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Returns mean [d], scale [d], weight [K', d] and bias [K'] of the chosen probe of the true labels, by vector."""
@@ -84,4 +84,6 @@ class ExactProbeSweep(ProbeSweep):
         return Form("linear")
 
     def _sample_weight(self, labels: Tensor) -> Tensor:
-        return torch.stack([torch.from_numpy(class_weights(row.numpy(), self.n_classes))[row] for row in labels.cpu()])
+        on_host = labels.cpu()
+        weights = [torch.from_numpy(class_weights(numbers.numpy(), self.n_classes))[numbers] for numbers in on_host]
+        return torch.stack(weights).to(labels.device)

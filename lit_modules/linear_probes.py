@@ -30,6 +30,10 @@ class LinearProbes:
     weight: Float64[Tensor, "v s k d"]
     bias: Float64[Tensor, "v s k"]
 
+    def to(self, device: torch.device | str) -> "LinearProbes":
+        """Returns them on a device."""
+        return LinearProbes(self.mean.to(device), self.scale.to(device), self.weight.to(device), self.bias.to(device))
+
     def scores(self, rows: Float[Tensor, "n d"]) -> Float[Tensor, "v s n k"]:
         """Returns logits (of two classes: of the second), or predicted values, float32, of rows as they are stored."""
         v, s, k, width = self.weight.shape
@@ -53,7 +57,9 @@ def logistic_probes(
 ) -> LinearProbes:
     """Fits logistic regression on standardised rows to its optimum; strengths are scikit-learn's C. See `fit_logistic`."""
     mean, scale, standard = standardised(rows)
-    fit = fit_logistic(standard, labels, n_classes, torch.tensor(strengths, dtype=torch.float64), sample_weight=sample_weight)
+    fit = fit_logistic(
+        standard, labels, n_classes, torch.tensor(strengths, dtype=torch.float64, device=rows.device), sample_weight=sample_weight
+    )
     return LinearProbes(mean, scale, fit.weight, fit.bias)
 
 
@@ -83,7 +89,11 @@ def mass_mean_probes(
         spread = along.std(dim=0, correction=0)
         spread = torch.where(spread > 0, spread, 1.0)
         fit = fit_logistic(
-            along / spread, numbers[None], n_classes, torch.tensor(strengths, dtype=torch.float64), sample_weight=weight
+            along / spread,
+            numbers[None],
+            n_classes,
+            torch.tensor(strengths, dtype=torch.float64, device=rows.device),
+            sample_weight=weight,
         )
         weights.append(fit.weight[0, 0] / spread @ directions)
         biases.append(fit.bias[0, 0])
@@ -107,7 +117,7 @@ def ridge_probes(
     means = values @ share / share.sum()
     left, singular, right = torch.linalg.svd((standard.double() - centre) * share.sqrt()[:, None], full_matrices=False)
     along = ((values - means[:, None]) * share.sqrt()) @ left  # [v, r]
-    alpha = 1 / torch.tensor(strengths, dtype=torch.float64)
+    alpha = 1 / torch.tensor(strengths, dtype=torch.float64, device=rows.device)
     shrunk = singular / (singular**2 + alpha[:, None])  # [s, r]
     weight = torch.einsum("vr,sr,rd->vsd", along, shrunk, right)
     return LinearProbes(mean, scale, weight[:, :, None], (means[:, None] - weight @ centre)[:, :, None])

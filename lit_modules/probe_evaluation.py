@@ -1,5 +1,6 @@
 """What probes are worth on the test part: intervals over groups, beside baselines and shuffled labels."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ from exactivations.lit_modules.group_bootstrap import (
     interval_of_difference,
     intervals,
 )
+from exactivations.lit_modules.probe_inputs import UndefinedMetricError
 from exactivations.lit_modules.probe_metrics import (
     CLASSIFICATION,
     REGRESSION,
@@ -88,10 +90,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class Benign:
-    """Probabilities [n] of the positive class that the best probe gives to samples of which all are negative."""
+    """Scores [n] (log-odds of the positive class) that the best probe gives to samples of which all are negative."""
 
     title: str
-    probabilities: Tensor
+    scores: Tensor
 
 
 def chosen_vector(sweep: ProbeSweep, data: ActivationDataModule) -> str:
@@ -111,11 +113,11 @@ def role_of(name: str, data: ActivationDataModule) -> Role:
     return "control" if any(name.startswith(f"{key}: ") for key in data.others) else "probe"
 
 
-def refuse_few_groups(data: ActivationDataModule) -> None:
+def refuse_few_groups(data: ActivationDataModule, bootstrap: Bootstrap | None = None) -> None:
     """Refuses a test part that gives no intervals, before anything is trained.
 
     Raises:
-        InvalidInputError: Saying how many groups there are.
+        InvalidInputError: Saying how many groups there are, or that resamples of them lack a class too often.
     """
     n_groups = len(set(data.groups_of("test")))
     if n_groups < MIN_GROUPS:
@@ -123,6 +125,10 @@ def refuse_few_groups(data: ActivationDataModule) -> None:
             f"test has {n_groups} groups ({data.group or 'each sample is one'}), intervals need {MIN_GROUPS} at least: give test a "
             "larger share (--shares), take another --group, or more samples"
         )
+    n_classes, labels = len(data.classes), data.targets("test")[0]
+    if n_classes:
+        nothing = torch.zeros(1, len(labels), n_classes if n_classes > 2 else 1)
+        (bootstrap or Bootstrap()).headlines(nothing, labels, names_of_groups(data.groups_of("test")), n_classes)
 
 
 def evaluate(
@@ -132,6 +138,7 @@ def evaluate(
     further: Mapping[str, Scored] | None = None,
     benign: Benign | None = None,
     erased: Tensor | None = None,
+    not_erased: Tensor | None = None,
     bootstrap: Bootstrap | None = None,
 ) -> ProbeResults:
     """Looks once at the test part.
@@ -143,13 +150,14 @@ def evaluate(
         benign: What the threshold is fixed on, instead of validation's negatives.
         erased: Scores [n, K'] on test of a probe that was trained on erased rows of the best vector, other than those that the
             eraser was made of: on those every linear probe is at chance by construction.
+        not_erased: Scores of a probe that was trained on the same rows without erasure.
         bootstrap: How intervals are made.
 
     Raises:
         InvalidInputError: If the test part has fewer than five groups, or a metric is undefined on it.
     """
     bootstrap, n_classes = bootstrap or Bootstrap(), len(data.classes)
-    labels, groups = data.targets("test"), _names(data.groups_of("test"))
+    labels, groups = data.targets("test"), names_of_groups(data.groups_of("test"))
     tested = {name: scores[0] for name, scores in sweep.tested.items()}
     vectors, best = [], chosen_vector(sweep, data)
     shuffled = [number for number, variant in enumerate(data.variants) if variant.startswith("shuffled ")]
@@ -171,20 +179,23 @@ def evaluate(
         test = bootstrap.headlines(scored.test[None], labels[0], groups, n_classes)[0]
         vectors.append(VectorResult(name, scored.role, None, on_validation, test))
     baselines = [vector for vector in vectors if vector.role == "baseline"]
-    table = CLASSIFICATION if n_classes else REGRESSION
-    metrics = {
-        name: {
-            what: bootstrap.of(metric, probabilities(tested[name], n_classes), labels[0], groups) for what, metric in table.items()
-        }
-        for name in [best, *(vector.name for vector in baselines)]
-    }
     best_baseline = max(baselines, key=lambda vector: vector.test.estimate).name if baselines else None
+    of_vector = {vector.name: vector.test for vector in vectors}
+    metrics: dict[str, dict[str, Interval]] = {}
+    for name in [best, *([best_baseline] if best_baseline else [])]:
+        values, metrics[name] = probabilities(tested[name], n_classes), {headline_of(n_classes): of_vector[name]}
+        for what, metric in (CLASSIFICATION if n_classes else REGRESSION).items():
+            with contextlib.suppress(UndefinedMetricError):  # predictions that never vary have no correlation: it is left out
+                if what not in metrics[name]:
+                    metrics[name][what] = bootstrap.of(metric, values, labels[0], groups)
     over = None
     if best_baseline is not None:
         over = bootstrap.difference(tested[best], tested[best_baseline], labels[0], groups, n_classes)
+    untrained = [vector for vector in vectors if vector.name.startswith(f"{UNTRAINED}: ") and vector.validation is not None]
+    best_untrained = max(untrained, key=lambda vector: vector.validation or 0.0).name if untrained else None
     over_untrained = None
-    if f"{UNTRAINED}: {best}" in tested:
-        over_untrained = bootstrap.difference(tested[best], tested[f"{UNTRAINED}: {best}"], labels[0], groups, n_classes)
+    if best_untrained is not None:
+        over_untrained = bootstrap.difference(tested[best], tested[best_untrained], labels[0], groups, n_classes)
     selectivity = None
     if CONTROL_TASK in data.variants:
         of_control = data.variants.index(CONTROL_TASK)
@@ -197,17 +208,19 @@ def evaluate(
         threshold=_threshold(sweep, data, best, benign, bootstrap) if n_classes == 2 else None,
         over_baseline=over, best_baseline=best_baseline, over_untrained=over_untrained, selectivity=selectivity,
         erased=None if erased is None else bootstrap.headlines(erased[None], labels[0], groups, n_classes)[0], warnings=[],
+        best_untrained=best_untrained,
+        not_erased=None if not_erased is None else bootstrap.headlines(not_erased[None], labels[0], groups, n_classes)[0],
     )  # fmt: skip
     results.warnings.extend(warnings_of(results, data))
     return results
 
 
 def _threshold(sweep: ProbeSweep, data: ActivationDataModule, best: str, benign: Benign | None, bootstrap: Bootstrap) -> Threshold:
-    test, labels, groups = probabilities(sweep.tested[best][0], 2), data.targets("test")[0], _names(data.groups_of("test"))
+    test, labels, groups = sweep.tested[best][0, :, 0], data.targets("test")[0], names_of_groups(data.groups_of("test"))
     if benign is None:
-        scores, negatives = probabilities(sweep.validated[best].scores[0], 2), data.targets("validation")[0]
+        scores, negatives = sweep.validated[best].scores[0, :, 0], data.targets("validation")[0]
     else:
-        scores, negatives = benign.probabilities, torch.zeros(len(benign.probabilities), dtype=torch.int64)
+        scores, negatives = benign.scores, torch.zeros(len(benign.scores), dtype=torch.int64)
     value = threshold_at_fpr(scores, negatives, MAX_FPR)
     return Threshold(
         value, "validation" if benign is None else benign.title, MAX_FPR, int((negatives == 0).sum()),
@@ -216,6 +229,6 @@ def _threshold(sweep: ProbeSweep, data: ActivationDataModule, best: str, benign:
     )  # fmt: skip
 
 
-def _names(groups: list[Any]) -> list[str] | list[int]:
+def names_of_groups(groups: list[Any]) -> list[str] | list[int]:
     """Returns groups as the bootstrap takes them: whole numbers stay, all else is made text."""
     return groups if all(isinstance(group, int) for group in groups) else [str(group) for group in groups]

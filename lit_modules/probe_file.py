@@ -77,7 +77,7 @@ class SavedProbes:
         raise InvalidInputError(f"{self.path} has no probe {name!r}; it has {', '.join(known)}")
 
     def threshold_of(self, name: str) -> float | None:
-        """Returns the probability above which a sample is called positive; None if there is none."""
+        """Returns the score (log-odds) above which a sample is called positive; None if there is none."""
         value = self.content["vectors"].get(name, {}).get("threshold")
         return None if value is None else float(value)
 
@@ -148,6 +148,7 @@ def save_probes(
                 **asdict(sweep.settings[int(sweep.validated[name].chosen[0])]),
                 f"validation_{results.headline}": float(sweep.validated[name].values[0].max()),
                 "threshold": _threshold(sweep, data, results, name),
+                "threshold_fixed_on": results.threshold.fixed_on if results.threshold and name == results.best else "validation",
             }
             for name in names
         },
@@ -194,8 +195,7 @@ def _threshold(sweep: ProbeSweep, data: ActivationDataModule, results: ProbeResu
         return None
     if name == results.best:
         return results.threshold.value
-    on_validation = probabilities(sweep.validated[name].scores[0], 2)
-    return threshold_at_fpr(on_validation, data.targets("validation")[0], MAX_FPR)
+    return threshold_at_fpr(sweep.validated[name].scores[0, :, 0], data.targets("validation")[0], MAX_FPR)
 
 
 def _parameters(probes: LinearProbes) -> dict[str, Tensor]:

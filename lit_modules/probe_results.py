@@ -35,10 +35,10 @@ class VectorResult:
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold of the probability of the positive class, and what it does on test.
+    """A threshold of the score of the positive class, and what it does on test.
 
     Attributes:
-        value: Positive is what lies above.
+        value: Log-odds of the positive class (its score): positive is what lies above.
         fixed_on: What its rate of false positives was fixed on: "validation", or a benign source.
         max_fpr: That rate, at most.
         n_negatives: How many negatives it was fixed on.
@@ -72,10 +72,12 @@ class ProbeResults:
         threshold: Of two classes, for the best vector.
         over_baseline: What the best vector has over the baseline that is best on test, in the headline metric.
         best_baseline: Which one that is.
-        over_untrained: What it has over the same vector of an untrained model.
+        over_untrained: What it has over the vector of an untrained model that is best on validation.
+        best_untrained: Which one that is.
         selectivity: Accuracy of the best vector on the labels, less that on the control task (Hewitt and Liang,
             doi 10.18653/v1/D19-1275).
         erased: The best vector after the label was erased from it: LEACE on train, a probe trained anew on validation.
+        not_erased: A probe trained on validation likewise, without erasure: what `erased` is to be compared with.
         warnings: What a reader must know.
     """
 
@@ -96,6 +98,8 @@ class ProbeResults:
     selectivity: float | None
     erased: Interval | None
     warnings: list[str]
+    best_untrained: str | None = None
+    not_erased: Interval | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns everything as JSON takes it."""

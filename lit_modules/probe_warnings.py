@@ -22,14 +22,14 @@ def warnings_of(results: ProbeResults, data: ActivationDataModule) -> list[str]:
     if results.over_untrained is not None and results.over_untrained.low <= 0:
         found.append(
             f"the untrained model may be as good: {results.best} has {results.over_untrained.estimate:+.3f} "
-            f"[{results.over_untrained.low:+.3f}, {results.over_untrained.high:+.3f}] over the same vector there: then training "
-            "has not put the label in"
+            f"[{results.over_untrained.low:+.3f}, {results.over_untrained.high:+.3f}] over {results.best_untrained!r}: then "
+            "training has not put the label in"
         )
     best = next(vector for vector in results.vectors if vector.name == results.best)
     if data.classes and best.test.high < 0.5:
         found.append(f"{results.best} is worse than chance on test: the parts differ in more than the draw")
     off = [interval for interval in best.shuffled if data.classes and not interval.low <= chance <= interval.high]
-    if len(off) > max(1, len(best.shuffled) / 2):
+    if len(off) > len(best.shuffled) / 2:
         values = ", ".join(f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]" for interval in off)
         found.append(
             f"shuffled labels should give {chance}, but {len(off)} of {len(best.shuffled)} of {results.best} do not: {values}"

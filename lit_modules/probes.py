@@ -68,7 +68,6 @@ class ProbeSweep(pl.LightningModule):
         self.validated: dict[str, Validated] = {}
         self.tested: dict[str, Tensor] = {}
         """float32 [V, n, K'], of the chosen probes, in the order of the part's numbers, by vector."""
-        self._best: dict[str, tuple[Tensor, Tensor]] = {}  # so far: values [V, S], scores [V, S, n, K']
         self._collected: dict[str, tuple[Tensor, Tensor]] = {}  # scores [V, S, n, K'], and how often each example came [n]
 
     @property
@@ -107,13 +106,16 @@ class ProbeSweep(pl.LightningModule):
             values[name] = torch.stack(
                 [headline(of_variant, labels[variant], self.n_classes) for variant, of_variant in enumerate(scores)]
             )
-            best_values, best_scores = self._best.get(name, (torch.full_like(values[name], -torch.inf), scores))
-            better = values[name] > best_values
-            best = torch.where(better, values[name], best_values), torch.where(better[..., None, None], scores, best_scores)
-            self._best[name] = best
+            before = self.validated.get(name)
+            better = torch.ones_like(values[name], dtype=torch.bool) if before is None else values[name] > before.values
+            best = values[name] if before is None else torch.where(better, values[name], before.values)
             self.keep(name, better)
-            chosen = best[0].argmax(dim=1)
-            self.validated[name] = Validated(best[0], chosen, _chosen(best[1], chosen))
+            chosen = best.argmax(dim=1)
+            of_chosen = _chosen(scores, chosen)
+            if before is not None:  # another setting is only ever chosen because it became better now
+                is_new = better[torch.arange(len(chosen)), chosen]
+                of_chosen = torch.where(is_new[:, None, None], of_chosen, before.scores)
+            self.validated[name] = Validated(best, chosen, of_chosen)
         what = headline_of(self.n_classes)
         for name in data.names:
             self.log(f"validation {what}/{name}", self.validated[name].values[0].max(), sync_dist=True)

@@ -11,6 +11,7 @@ from exactivations.lit_modules.extraction import ActivationExtractor
 from exactivations.lit_modules.live_activations import live_batches
 from exactivations.lit_modules.origin import Samples, data_for, model_of
 from exactivations.lit_modules.probe_file import SavedProbes
+from exactivations.lit_modules.probe_scores import probabilities
 from exactivations.store.batches import ActivationBatch
 from exactivations.store.means_file import origin_of, refuse_another_origin
 
@@ -22,12 +23,14 @@ class ScoredSample:
     Attributes:
         sample_index: Its index in the dataset.
         input_ids: int64 [T], and token_mask: bool [T], True where a token is content.
+        scores: float32 [K'], logits (of two classes: of the second) or a value; of a probe of tokens [T, K'].
         probabilities: float64 of the second of two classes, [K] of more, or a value; of a probe of tokens with a first dimension T.
     """
 
     sample_index: int
     input_ids: Tensor
     token_mask: Tensor
+    scores: Tensor
     probabilities: Tensor
 
 
@@ -92,7 +95,9 @@ class Scorer:
         if self.probes.content["over_tokens"]:
             rows = {name: values[batch.token_mask] for name, values in rows.items()}
             n_content = torch.stack([mask.sum() for mask in masks])
-        found = self.probes.probabilities(self.vector, rows, n_content)
-        each = torch.split(found, lengths) if self.probes.scored_per_token else found.unbind()
-        for sample in range(len(lengths)):
-            yield ScoredSample(int(batch.sample_index[sample]), ids[sample], masks[sample], each[sample])
+        scores = self.probes.scores(self.vector, rows, n_content)
+        found = probabilities(scores, len(self.probes.classes))
+        per_token = self.probes.scored_per_token
+        of_samples = [torch.split(values, lengths) if per_token else values.unbind() for values in (scores, found)]
+        for sample, (score, probability) in enumerate(zip(*of_samples, strict=True)):
+            yield ScoredSample(int(batch.sample_index[sample]), ids[sample], masks[sample], score, probability)

@@ -1,11 +1,13 @@
 """TrainedProbeSweep: probes trained in steps by Adam, for data larger than memory and for kinds without an exact solution."""
 
+import json
 from collections.abc import Iterable
 from functools import reduce
 from typing import Any, cast, get_args
 
 import numpy as np
 import torch
+import xxhash
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -79,6 +81,7 @@ class TrainedProbeSweep(ProbeSweep):
         self._kept: dict[str, dict[str, Tensor]] = {}  # the best parameters so far, on the host, by vector
         self._since_better = 0  # epochs
         self._is_better = False
+        self._is_resumed = False
 
     def setup(self, stage: str) -> None:
         """Holds kind, data and trainer against each other."""
@@ -117,8 +120,12 @@ class TrainedProbeSweep(ProbeSweep):
 
     def on_fit_start(self) -> None:
         """Takes mean and standard deviation of all training rows, in a pass of its own, unless they came with a checkpoint."""
-        if self._kept:
+        if self._is_resumed:
             return
+        if self._kept:
+            raise InvalidInputError(
+                "these probes were trained before, maybe on what is tested now: make a new sweep for another fit"
+            )
         moments = self._moments()
         for name, head in self._by_name.items():
             of_rows = moments[name]
@@ -205,7 +212,7 @@ class TrainedProbeSweep(ProbeSweep):
         """Adds what is best so far, and what it is of."""
         validated = {name: (found.values, found.chosen, found.scores) for name, found in self.validated.items()}
         checkpoint["probes"] = {
-            "of": self._identity(), "kept": self._kept, "best": self._best, "validated": validated,
+            "of": self._identity(), "kept": self._kept, "validated": validated,
             "since_better": self._since_better,
         }  # fmt: skip
 
@@ -219,12 +226,17 @@ class TrainedProbeSweep(ProbeSweep):
         for what, mine in self._identity().items():
             if saved["of"][what] != mine:
                 raise InvalidInputError(f"the checkpoint is of other probes: its {what} is {saved['of'][what]}, and here {mine}")
-        self._kept, self._best, self._since_better = saved["kept"], saved["best"], saved["since_better"]
+        self._kept, self._since_better = saved["kept"], saved["since_better"]
+        self._is_resumed = True
         self.validated = {name: Validated(*found) for name, found in saved["validated"].items()}
 
     def _identity(self) -> dict[str, Any]:
         settings = [(setting.strength, setting.seed) for setting in self.settings]
-        return {"kind": self.kind, "activation": self.activation, "vectors": self.data.names, "settings": settings}
+        split = json.dumps(self.data.split.to_json(self.data.source.sample_index))
+        return {
+            "kind": self.kind, "activation": self.activation, "vectors": self.data.names, "settings": settings,
+            "label": self.data.label, "variants": self.data.variants, "split": xxhash.xxh3_128(split.encode()).hexdigest(),
+        }  # fmt: skip
 
     @property
     def form(self) -> Form:

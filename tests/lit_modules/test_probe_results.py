@@ -146,8 +146,8 @@ def test_the_threshold_is_fixed_on_validation_or_benign_samples_and_never_on_tes
     if len(data.classes) != 2:
         assert results.threshold is None
         return
-    validation, labels = said(sweep.validated[results.best].scores[0], data), data.targets("validation")[0]
-    test, of_test, groups = said(sweep.tested[results.best][0], data), data.targets("test")[0], data.groups_of("test")
+    validation, labels = sweep.validated[results.best].scores[0, :, 0], data.targets("validation")[0]
+    test, of_test, groups = sweep.tested[results.best][0, :, 0], data.targets("test")[0], data.groups_of("test")
     negatives = np.sort(validation[labels == 0].numpy())
     assert results.threshold.value == negatives[-1]  # of fewer than 100, none may lie above
     assert (results.threshold.fixed_on, results.threshold.n_negatives, results.threshold.max_fpr) == (
