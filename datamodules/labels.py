@@ -159,7 +159,7 @@ class _Found:
                 continue
             at = next(at for at, entry in enumerate(entries) if type(entry) is kind)
             if kind not in TYPES:
-                hint = "; labels of tokens are read with token_labels_of" if kind is list else ""
+                hint = "; labels of tokens are read with token_labels_of (--unit token)" if kind is list else ""
                 raise InvalidInputError(
                     f"{self.source}: {place(at)} has {shown(entries[at])}, of type {kind.__name__}, as its label, expected text, "
                     f"a number or a bool{hint}"
@@ -207,7 +207,7 @@ class _Found:
         if len(self.numbers) > MOST_CLASSES:
             raise InvalidInputError(
                 f"{self.source}: there are {len(self.numbers):,} different labels, classes are {MOST_CLASSES:,} at most: is it an "
-                'id? Real values are read with kind="values"'
+                'id? Real values are read with kind="values" (--label-kind values)'
             )
         in_order = sorted(self.numbers)
         numbers = np.empty(len(in_order), dtype=np.int64)

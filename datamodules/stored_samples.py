@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from exactivations.datamodules.example_order import ExamplesInOrder
+from exactivations.datamodules.example_reading import refuse_not_finite_rows
 from exactivations.datamodules.examples import ActivationSource, Examples, IntArray
 from exactivations.store.errors import InvalidInputError
 
@@ -52,10 +53,5 @@ class _Blocks(Dataset[Examples]):
         numbers, n = item
         rows = {name: self._source.rows(name, numbers) for name in self._names}
         for name, values in rows.items():
-            wrong = (~torch.isfinite(values)).any(dim=1).nonzero()
-            if len(wrong):
-                raise InvalidInputError(
-                    f"sample {self._source.sample_index[numbers[int(wrong[0])]]}: {name} is not finite ({len(wrong):,} of {n:,} "
-                    "rows): leave the sample out, or extract in a dtype with more range"
-                )
+            refuse_not_finite_rows(name, values, self._source.sample_index[numbers])
         return Examples(rows, torch.empty(0, n, dtype=torch.int64), torch.from_numpy(numbers), None, n)

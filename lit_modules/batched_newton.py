@@ -173,9 +173,9 @@ def _line_search(
     new_value, new_gradient, state = loss.evaluate(moved, active)
     for _ in range(MOST_HALVINGS):
         fall = new_value - value
-        # Near the minimum the fall drowns in rounding; there a smaller gradient counts.
-        flat = (fall.abs() <= ROUNDING * value.abs()) & (_norm(new_gradient) < norm)
-        left = ~((fall <= SUFFICIENT * length * slope) | flat)
+        left = ~(fall <= SUFFICIENT * length * slope)
+        if left.any():  # near the minimum the fall drowns in rounding; there a smaller gradient counts
+            left &= ~((fall.abs() <= ROUNDING * value.abs()) & (_norm(new_gradient) < norm))
         if not left.any():
             break
         length *= 0.5

@@ -126,19 +126,18 @@ class LogisticHessian:
     @cached_property
     def _of_biases(self) -> Tensor:
         """The Hessians of the biases, float64 [A, J, J]."""
-        shared = self.share * self.probabilities
-        of_outputs = torch.diag_embed(shared.sum(dim=2)) - shared @ self.probabilities.mT
-        of_biases: Tensor = (self.contrasts.mT @ of_outputs @ self.contrasts).double()
+        if len(self.contrasts) == 1:
+            of_biases = self._curvature.sum(dim=2, keepdim=True)
+        else:
+            shared = self.share * self.probabilities
+            of_outputs = torch.diag_embed(shared.sum(dim=2)) - shared @ self.probabilities.mT
+            of_biases = self.contrasts.mT @ of_outputs @ self.contrasts
         of_biases.diagonal(dim1=1, dim2=2).add_(1e-12)  # where no sample is in doubt, rounding leaves none
-        return of_biases
+        return of_biases.double()
 
     @cached_property
     def _inverse(self) -> Tensor:
         """One over the diagonal in the principal axes, were all samples' probabilities the same, float32 [A, 1, width]."""
-        k = self.probabilities.shape[1]
-        if k == 1:
-            level = self._curvature.sum(dim=2, keepdim=True)
-        else:
-            level = (self.share * (1 - (self.probabilities**2).sum(dim=1, keepdim=True))).sum(dim=2, keepdim=True) / (k - 1)
+        level = self._of_biases.diagonal(dim1=1, dim2=2).mean(dim=1)[:, None, None].float()
         # Where no sample is in doubt, rounding leaves no level at all, and the bias would have no curvature.
         return 1 / (level.clamp(min=1e-6) * self.rows.variance + self.penalty)

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import psutil
 import torch
 from jaxtyping import Float64
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ DEFAULT_METRICS = ("euclidean", "mahalanobis:ridge", "mahalanobis:ledoit-wolf")
 STRENGTHS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Up to the one of which results are published. With ridge probabilities, which hardly differ, larger ones can miss the optimum."""
 
+TRAINER = "Use Trainer(use_distributed_sampler=False), and do not limit its batches"
 BLOCK = 4096  # rows that become float64 at a time; each block costs a few passes over a matrix [d, d]
 
 
@@ -61,7 +63,8 @@ class PrototypeModerator(pl.LightningModule):
 
     Raises:
         InvalidInputError: If a metric is none; in the fit, if labels are no classes, a class is missing, there are too few groups
-            for the folds, or a covariance is not positive definite: the vector is named.
+            for the folds, the sums do not fit into memory, a covariance is not positive definite (the vector is named), or the
+            trainer reads less or more than every sample once.
     """
 
     def __init__(
@@ -105,6 +108,7 @@ class PrototypeModerator(pl.LightningModule):
         self._folds = np.zeros(len(data.numbers("train")), dtype=np.int64)
         if self.n_folds is not None:
             self._folds = folds_of_train(data, self.n_folds)
+        self._refuse_little_memory()
         self.grid = PrototypeGrid()
         self.findings, self._statistics, self._held_out, self._is_complete = {}, {}, {}, False
 
@@ -181,6 +185,23 @@ class PrototypeModerator(pl.LightningModule):
         """None: nothing is trained in steps."""
         return None
 
+    def _refuse_little_memory(self) -> None:
+        """Refuses sums [d, d] by class and fold that are larger than what is free: of all vectors in steps, else of one."""
+        data, one = self.data, self.data.numbers("train")[:1]
+        of_each = {}
+        for name in data.names:
+            width = data.examples("train", [name], one).rows[name].shape[1]
+            of_each[name] = 8 * (self.n_folds or 1) * len(data.classes) * width**2
+        steps = data.batch_size is not None
+        needed = (sum if steps else max)(of_each.values()) * self.trainer.num_devices
+        free = psutil.virtual_memory().available
+        if needed > free:
+            raise InvalidInputError(
+                f"the sums of {len(of_each) if steps else 1} vectors x {len(data.classes)} classes x {self.n_folds or 1} folds on "
+                f"{self.trainer.num_devices} devices take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB of memory are free: "
+                + ("read whole vectors (without --batch-size), or name fewer vectors" if steps else "take fewer folds or devices")
+            )
+
     def _blank(self, width: int) -> list[ClassStatistics]:
         return [ClassStatistics(len(self.data.classes), width) for _ in range(self.n_folds or 1)]
 
@@ -202,6 +223,9 @@ class PrototypeModerator(pl.LightningModule):
             made |= prototypes
             held_out |= of_rank
             self.findings |= findings
+        absent = [name for name in names if name not in made]
+        if absent:
+            raise InvalidInputError(f"no row of {absent[0]} came. {TRAINER}")
         self.grid = PrototypeGrid({name: made[name] for name in names})  # in one order, by which equals are told, on all ranks
         if self.n_folds is not None:
             mixed = [
@@ -218,7 +242,8 @@ class PrototypeModerator(pl.LightningModule):
         """Makes a vector's prototypes, and the probabilities of its training rows by prototypes of other folds."""
         try:
             moments = ClassStatistics.fold(by_fold).result()
-            assert moments.total == len(self._folds), f"{name}: {moments.total} of {len(self._folds)} rows were seen"
+            if moments.total != len(self._folds):
+                raise InvalidInputError(f"{moments.total:,} rows came, of {len(self._folds):,} samples of train. {TRAINER}")
             self.grid.prototypes[name] = {metric: prototypes_by(metric, moments) for metric in self.metrics}
             for metric, prototypes in self.grid.prototypes[name].items():
                 self.findings[entry_name(name, metric)] = diagnose_prototypes(prototypes, moments)
@@ -259,17 +284,26 @@ class PrototypeModerator(pl.LightningModule):
                 self._collected.setdefault(entry, []).append((batch.number, distances))
 
     def _gathered(self, expected: IntArray) -> dict[str, Tensor]:
-        """Returns the distances [n, K] of all ranks by entry, each example once, in the order of their numbers."""
-        found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        """Returns the distances [n, K] of all ranks by entry, each example once, in the order of their numbers.
+
+        Raises:
+            InvalidInputError: If a sample did not come, or came twice.
+        """
+        data: Any = getattr(self.trainer, "datamodule", None)
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {entry: [] for entry in self.grid.entries}
         for of_rank in gather(self._collected):
             for entry, pieces in of_rank.items():
-                found.setdefault(entry, []).extend(pieces)
+                found[entry].extend(pieces)
         self._collected = {}
         out = {}
         for entry in self.grid.entries:
-            numbers = torch.cat([number for number, _ in found[entry]])
+            numbers = torch.cat([torch.empty(0, dtype=torch.int64), *(number for number, _ in found[entry])])
+            times = np.bincount(numbers.numpy(), minlength=len(data.source))[expected]
+            if not (times == 1).all():
+                place = int(np.flatnonzero(times != 1)[0])
+                sample = data.source.sample_index[expected[place]]
+                raise InvalidInputError(f"{entry}: sample {sample} came {times[place]} times. {TRAINER}")
             order = numbers.argsort()
-            assert np.array_equal(numbers[order].numpy(), expected), f"{entry}: examples came twice or not at all"
             out[entry] = torch.cat([distances for _, distances in found[entry]])[order]
         return out
 

@@ -1,6 +1,6 @@
 """What moderators are worth on test: intervals over groups and confusion matrices, beside probes and baselines of the text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from exactivations.datamodules.activations import ActivationDataModule
 from exactivations.datamodules.splits import PARTS
-from exactivations.lit_modules.group_bootstrap import Interval
+from exactivations.lit_modules.group_bootstrap import Groups, Interval
 from exactivations.lit_modules.moderation import PrototypeModerator
-from exactivations.lit_modules.probe_evaluation import Bootstrap, Scored
+from exactivations.lit_modules.probe_evaluation import Bootstrap, Scored, names_of_groups
 from exactivations.lit_modules.probe_metrics import f1, false_positive_rate_above, recall_above, threshold_at_fpr
-from exactivations.lit_modules.probe_results import MAX_FPR, ProbeResults, Role, VectorResult
+from exactivations.lit_modules.probe_results import MAX_FPR, ProbeResults, Role, Threshold, VectorResult
 from exactivations.lit_modules.probe_scores import headline, headline_of, probabilities
-from exactivations.lit_modules.probe_warnings import as_good_as
+from exactivations.lit_modules.probe_warnings import warnings_of
 from exactivations.lit_modules.prototype_diagnosis import PrototypeFinding
 from exactivations.lit_modules.prototype_grid import scores_of
 
@@ -87,20 +87,30 @@ def moderation_results(
     over = None
     if against is not None:
         over = bootstrap.difference(scored[moderator.chosen].test, scored[against].test, truth["test"], groups, n_classes)
+    threshold = None
+    if moderator.chosen in thresholds:
+        of_chosen = metrics[moderator.chosen]
+        threshold = Threshold(
+            thresholds[moderator.chosen], "validation", MAX_FPR, int((truth["validation"] == 0).sum()), of_chosen[RECALL],
+            of_chosen[FALSE_POSITIVES],
+        )  # fmt: skip
     table = ProbeResults(
         label=data.label, classes=data.classes, unit=data.unit, headline=headline_of(n_classes), parts=data.counts(),
         group_column=data.group, n_resamples=bootstrap.n_resamples, best=moderator.chosen, vectors=vectors, metrics=metrics,
-        threshold=None, over_baseline=over, best_baseline=against, over_untrained=None, selectivity=None, erased=None,
-        warnings=_warnings(moderator, over, against),
+        threshold=threshold, over_baseline=over, best_baseline=against, over_untrained=None, selectivity=None, erased=None,
+        warnings=[],
     )  # fmt: skip
+    table.warnings.extend([*warnings_of(table, data), *_warnings(moderator)])
     confusion = {name: confusion_of(scored[name].test, truth["test"], n_classes) for name in shown}
     return ModerationResults(table, thresholds, confusion, moderator.findings)
 
 
 def metrics_on(
-    scores: Tensor, labels: Tensor, groups: Sequence[str], threshold: float | None, bootstrap: Bootstrap, n_classes: int
+    scores: Tensor, labels: Tensor, groups: Groups, threshold: float | None, bootstrap: Bootstrap, n_classes: int
 ) -> dict[str, Interval]:
     """Returns AUROC, F1, and of two classes what a threshold of the log-odds does, with intervals over groups.
+
+    Of two classes, samples that are all of one have neither AUROC nor F1, and the threshold's rate of that class only.
 
     Args:
         scores: float [n, K'], as `scores_of` gives them.
@@ -110,13 +120,14 @@ def metrics_on(
         bootstrap: How intervals are made.
         n_classes: K.
     """
-    found = {
-        "auroc": bootstrap.headlines(scores[None], labels, groups, n_classes)[0],
-        "f1": bootstrap.of(f1, probabilities(scores, n_classes), labels, groups),
-    }
+    found, present = dict[str, Interval](), set(labels.tolist())
+    if threshold is None or len(present) > 1:
+        found["auroc"] = bootstrap.headlines(scores[None], labels, groups, n_classes)[0]
+        found["f1"] = bootstrap.of(f1, probabilities(scores, n_classes), labels, groups)
     if threshold is not None:
-        for name, metric in ((RECALL, recall_above), (FALSE_POSITIVES, false_positive_rate_above)):
-            found[name] = bootstrap.of(partial(metric, threshold=threshold), scores[:, 0], labels, groups)
+        for name, metric, number in ((RECALL, recall_above, 1), (FALSE_POSITIVES, false_positive_rate_above, 0)):
+            if number in present:
+                found[name] = bootstrap.of(partial(metric, threshold=threshold), scores[:, 0], labels, groups)
     return found
 
 
@@ -127,25 +138,17 @@ def confusion_of(scores: Tensor, labels: Tensor, n_classes: int) -> list[list[in
     return counts
 
 
-def names_of_groups(groups: Sequence[Any]) -> list[str]:
-    """Returns groups as the names that intervals take."""
-    return [str(group) for group in groups]
-
-
 def _scored(moderator: PrototypeModerator, name: str) -> Scored:
     role: Role = "ensemble" if name in moderator.grid.mixtures else "probe"
     validation, test = (moderator.log_probabilities(name, part) for part in (moderator.validated, moderator.tested))
     return Scored(role, scores_of(validation), scores_of(test))
 
 
-def _warnings(moderator: PrototypeModerator, over: Interval | None, against: str | None) -> list[str]:
-    found = []
-    if over is not None and over.low <= 0 and against is not None:
-        found.append(as_good_as(moderator.chosen, over, against))
+def _warnings(moderator: PrototypeModerator) -> list[str]:
     empty = [name for name, mixture in moderator.grid.mixtures.items() if not mixture.weights.layer_weights.any()]
-    if empty:
-        found.append(
-            f"no layer has a weight in {', '.join(empty)}: held-out probabilities of its layers tell nothing beyond how frequent "
-            "the classes are; take mahalanobis:ledoit-wolf, whose probabilities are not close to the priors"
-        )
-    return found
+    if not empty:
+        return []
+    return [
+        f"no layer has a weight in {', '.join(empty)}: held-out probabilities of its layers tell nothing beyond how frequent the "
+        "classes are; take mahalanobis:ledoit-wolf, whose probabilities are not close to the priors"
+    ]

@@ -1,6 +1,7 @@
 """moderator.safetensors: prototypes and mixtures, and all that is needed to apply them and to refuse what is not theirs."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from exactivations.store.run_folder import fingerprint_of
 from exactivations.store.shard import open_shard, verify_shard, write_shard, write_text_atomically
 
 MODERATOR_FILE, READABLE_FILE, SPLIT_FILE = "moderator.safetensors", "moderator.json", "split.json"
-FORMAT_VERSION = 1
-SEEN = "seen_token_hash//"
+FORMAT_VERSION = 2
+SEEN, SEEN_GROUPS = "seen_token_hash//", "seen_group_hash"
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,14 @@ class SavedModerator:
         content: What is known of them; also in moderator.json.
         grid: The prototypes and mixtures.
         seen: uint8 [n, 16], the token hashes of the samples of train and validation, in each of its runs.
+        seen_groups: uint8 [m, 16], hashes of the groups of train and validation; None if it was fitted without groups.
     """
 
     path: Path
     content: dict[str, Any]
     grid: PrototypeGrid
     seen: list[npt.NDArray[np.uint8]]
+    seen_groups: npt.NDArray[np.uint8] | None
 
     @property
     def name(self) -> str:
@@ -72,6 +75,12 @@ class SavedModerator:
         """What validation chose."""
         return str(self.content["best"])
 
+    @property
+    def group_column(self) -> str | None:
+        """The column of which no value was in two parts; None if every sample went alone."""
+        column: str | None = self.content["split"]["group_column"]
+        return column
+
     def threshold_of(self, name: str) -> float | None:
         """Returns the log-odds above which at most 1 % of validation's negatives lie; None of more than two classes."""
         value = self.content["moderators"][name]["threshold"]
@@ -81,7 +90,8 @@ class SavedModerator:
         """Refuses activations that are not of this model, tokenizer and aggregation.
 
         Raises:
-            InvalidInputError: If the source lacks a vector that `name` needs, or has it of another template.
+            InvalidInputError: If the source lacks a vector that `name` needs, or has it of another template, or of imported masks
+                where the moderator was made of the runs' own, or the other way round.
             IdentityError: If model, tokenizer or dtype are others; every field that differs is named.
         """
         vectors = self.grid.vectors_of(name)
@@ -92,9 +102,17 @@ class SavedModerator:
                 f"absent); it has {', '.join(source.per_token)}: extract the same hook points and aggregation"
             )
         for vector in vectors:
-            then, now = self.content["vectors"][vector]["template"], source.place_of(vector)["template"]
-            if then != now:
-                raise InvalidInputError(f"{vector} in {source.title} is of the template {now!r}, and of {then!r} in {self.path}")
+            then, now = self.content["vectors"][vector], source.place_of(vector)
+            if then["template"] != now["template"]:
+                raise InvalidInputError(
+                    f"{vector} in {source.title} is of the template {now['template']!r}, and of {then['template']!r} in {self.path}"
+                )
+            if (then["masks"] is None) != (now["masks"] is None):
+                of_now, of_then = ("the run's own" if place["masks"] is None else "imported" for place in (now, then))
+                raise InvalidInputError(
+                    f"{vector} in {source.title} is pooled under {of_now} masks, and under {of_then} ones in {self.path}: "
+                    + ("import the masks of this run, and name them with --masks" if now["masks"] is None else "leave --masks out")
+                )
         paths = self.identity["hook_paths"]
         points = {self.content["vectors"][vector]["hook_point"] for vector in vectors}
         then = self.identity | {"hook_paths": {point: paths[point] for point in sorted(points)}}
@@ -105,7 +123,7 @@ def fingerprint(moderator: PrototypeModerator, data: ActivationDataModule, sourc
     """Returns a hash of all that decides a moderator, and of nothing else: the same run has it again at any time.
 
     It is of the model, tokenizer and hook points, the runs with their samples, templates and masks, labels, split and folds,
-    metrics.
+    metrics, the size of a step (None: whole vectors), and the versions of the packages.
     """
     labels = np.concatenate([data.targets(part)[0].numpy() for part in ("train", "validation", "test")])
     hashes = "".join(column_of(source, "token_hash").to_pylist())
@@ -122,6 +140,8 @@ def fingerprint(moderator: PrototypeModerator, data: ActivationDataModule, sourc
         "metrics": moderator.metrics,
         "n_folds": moderator.n_folds,
         "strengths": list(moderator.strengths),
+        "batch_size": data.batch_size,
+        "versions": versions(),
     }
     return fingerprint_of(decides)
 
@@ -142,6 +162,8 @@ def save_moderator(
     seen = np.sort(np.concatenate([data.numbers("train"), data.numbers("validation")]))
     for number, one in enumerate(source.sources):
         tensors[f"{SEEN}{number}"] = torch.from_numpy(hashes_as_bytes(column_of(one, "token_hash").take(seen).to_pylist()))
+    if data.group is not None:
+        tensors[SEEN_GROUPS] = torch.from_numpy(_group_hashes([*data.groups_of("train"), *data.groups_of("validation")]))
     info = source.sources[0].info
     content = {
         "format_version": FORMAT_VERSION,
@@ -197,7 +219,10 @@ def load_moderator(path: str | Path) -> SavedModerator:
     except CorruptShardError as error:
         raise CorruptShardError(f"{path} is damaged, or was not written by `moderate fit`: copy it again") from error
     if content.get("kind") != "moderator" or content.get("format_version") != FORMAT_VERSION:
-        raise StoreError(f"{path} holds no moderator of version {FORMAT_VERSION}, but {content.get('kind')}")
+        raise StoreError(
+            f"{path} holds no moderator of version {FORMAT_VERSION}, but {content.get('kind')} of version "
+            f"{content.get('format_version')}: make it anew with `moderate fit`"
+        )
     n_classes = len(content["classes"])
     log_priors = torch.full((n_classes,), 1 / n_classes, dtype=torch.float64).log()
     prototypes: dict[str, dict[str, Prototypes]] = {}
@@ -214,7 +239,8 @@ def load_moderator(path: str | Path) -> SavedModerator:
         for name, known in content["mixtures"].items()
     }  # fmt: skip
     seen = [tensors[f"{SEEN}{number}"].numpy() for number in range(len(content["runs"]))]
-    return SavedModerator(path, content, PrototypeGrid(prototypes, mixtures), seen)
+    groups = tensors.get(SEEN_GROUPS)
+    return SavedModerator(path, content, PrototypeGrid(prototypes, mixtures), seen, None if groups is None else groups.numpy())
 
 
 def seen_samples(saved: SavedModerator, source: Aggregations) -> npt.NDArray[np.bool_]:
@@ -226,3 +252,25 @@ def seen_samples(saved: SavedModerator, source: Aggregations) -> npt.NDArray[np.
     seen = [hashes for run, hashes in zip(saved.content["runs"], saved.seen, strict=True) if run["template"] == template]
     keys = keys_of(np.concatenate([np.empty((0, 16), dtype=np.uint8), *seen]))
     return np.isin(keys_of(hashes_as_bytes(column_of(source, "token_hash").to_pylist())), keys)
+
+
+def of_seen_groups(saved: SavedModerator, groups: Sequence[Any]) -> npt.NDArray[np.bool_]:
+    """Returns bool [n], which samples are of a group that the moderator was made of or chosen on; none if it knew no groups.
+
+    Args:
+        saved: The moderator.
+        groups: Of each sample, in the moderator's `group_column`. 3 and "3" are the same group.
+    """
+    if saved.seen_groups is None:
+        return np.zeros(len(groups), dtype=np.bool_)
+    seen = set(map(bytes, saved.seen_groups))
+    return np.array([_group_hash(group) in seen for group in groups], dtype=np.bool_)
+
+
+def _group_hash(group: Any) -> bytes:
+    return xxhash.xxh3_128(str(group).encode()).digest()
+
+
+def _group_hashes(groups: Sequence[Any]) -> npt.NDArray[np.uint8]:
+    """Returns the hashes of different groups, uint8 [m, 16], ascending."""
+    return np.frombuffer(b"".join(sorted(set(map(_group_hash, groups)))), dtype=np.uint8).reshape(-1, 16).copy()

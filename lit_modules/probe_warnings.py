@@ -5,6 +5,7 @@ from exactivations.datamodules.splits import PARTS
 from exactivations.lit_modules.group_bootstrap import Interval
 from exactivations.lit_modules.probe_results import ProbeResults
 
+FEW_EXAMPLES = 10
 FEW_GROUPS = 20  # of 12, intervals of 95% hold the truth in 90% of cases; see `group_bootstrap.intervals`
 
 
@@ -45,6 +46,9 @@ def warnings_of(results: ProbeResults, data: ActivationDataModule) -> list[str]:
             f"the threshold was fixed on {results.threshold.n_negatives} negatives, too few for a rate of "
             f"{results.threshold.max_fpr:.0%}: give a benign store"
         )
+    rare = min(results.parts["test"]["classes"].items(), key=lambda pair: pair[1], default=("", FEW_EXAMPLES))
+    if rare[1] < FEW_EXAMPLES:
+        found.append(f"test has {rare[1]} {results.unit}s of class {rare[0]!r} only: what is said of them is said of very few")
     n_groups = results.parts["test"]["groups"]
     if n_groups < FEW_GROUPS:
         found.append(f"test has {n_groups} groups only: the intervals are too narrow (of 12 groups, 95% ones hold 90%)")

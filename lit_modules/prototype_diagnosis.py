@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float64
 from torch import Tensor
 
 from exactivations.lit_modules.class_statistics import ClassMoments
@@ -38,7 +38,6 @@ Problem = Literal[
     "prototypes-too-close",
     "covariance-near-singular",
     "few-rows-per-dimension",
-    "activations-not-finite",
     "distances-without-variance",
     "one-class-predicted",
 ]
@@ -87,22 +86,6 @@ def diagnose_prototypes(prototypes: Prototypes, moments: ClassMoments) -> list[P
             )
         )
     return found
-
-
-def diagnose_activations(rows: Float[Tensor, "n d"]) -> list[PrototypeFinding]:
-    """Looks for inf and NaN in rows, which prototypes and their statistics refuse; rows are counted in this block."""
-    bad = ~torch.isfinite(rows)
-    if not bad.any():
-        return []
-    row, dimension = (int(place) for place in bad.nonzero()[0])
-    advice = "look at these samples in the model itself; leave them out if the model cannot take them"
-    if rows.dtype == torch.float16:
-        advice = "float16 ends at 65,504: extract with bfloat16 or float32"
-    message = (
-        f"{int(bad.any(dim=1).sum())} of {len(rows)} rows have inf or NaN in them, first row {row} at dimension {dimension}: "
-        f"{rows[row, dimension].item()}"
-    )
-    return [PrototypeFinding("activations-not-finite", message, advice)]
 
 
 def diagnose_predictions(prototypes: Prototypes, distances: Float64[Tensor, "n k"]) -> list[PrototypeFinding]:

@@ -43,8 +43,8 @@ def sample_curve(
 ) -> list[CurvePoint]:
     """Returns a point for each metric and size, and one of all training samples.
 
-    Draws are of samples, whatever their group. They say how much the choice of training samples matters; the test part stays as it
-    is.
+    It looks at the test part, as an evaluation of the same data does. Draws are of samples, whatever their group. They say how
+    much the choice of training samples matters; the test part stays as it is.
 
     Args:
         data: Of whole vectors (no batch_size).
@@ -57,20 +57,9 @@ def sample_curve(
         InvalidInputError: If a size is below 1 or no class has more samples, labels are no classes, or a covariance is not positive
             definite with so few samples: the size and draw are named.
     """
+    refuse_other_sizes(data, sizes, n_draws)
     train, test = (data.examples(part, [vector], data.numbers(part)) for part in ("train", "test"))
-    n_classes = len(data.classes)
-    if not n_classes or n_draws < 2:
-        raise InvalidInputError(
-            f"a curve is of labels that are classes and of at least 2 draws, got {n_classes} classes and {n_draws} draws"
-        )
-    labels = train.labels[0].numpy()
-    available = np.bincount(labels, minlength=n_classes)
-    wrong = [size for size in sizes if not 1 <= size < available.max()]
-    if wrong:
-        raise InvalidInputError(
-            f"{wrong[0]:,} samples per class are none, or all there are: train has {available.max():,} of its largest class. Leave "
-            "this size out; all samples are a point of the curve anyway"
-        )
+    labels, n_classes = train.labels[0].numpy(), len(data.classes)
     points = []
     for metric in metrics:
         for size in [*sorted(set(sizes)), None]:
@@ -83,6 +72,22 @@ def sample_curve(
             spans = [(float(v.mean()), *np.quantile(v, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]).tolist()) for v in values.T]
             points.append(CurvePoint(entry_name(vector, metric), size, counts, len(draws), spans[0], spans[1]))
     return points
+
+
+def refuse_other_sizes(data: ActivationDataModule, sizes: Sequence[int], n_draws: int) -> None:
+    """Refuses sizes and draws that give no curve, before anything is read; see `sample_curve`."""
+    n_classes = len(data.classes)
+    if not n_classes or n_draws < 2:
+        raise InvalidInputError(
+            f"a curve is of labels that are classes and of at least 2 draws, got {n_classes} classes and {n_draws} draws"
+        )
+    largest = int(data.targets("train")[0].bincount().max())
+    wrong = [size for size in sizes if not 1 <= size < largest]
+    if wrong:
+        raise InvalidInputError(
+            f"{wrong[0]:,} samples per class are none, or all there are: train has {largest:,} of its largest class. Leave this "
+            "size out; all samples are a point of the curve anyway"
+        )
 
 
 def draw_of(labels: IntArray, n_classes: int, size: int | None, seed: int, number: int) -> IntArray:

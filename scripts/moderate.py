@@ -80,7 +80,8 @@ def moderate_fit(
     labelled = Labelled(label, group, label_file, vectors, tuple(shares or (0.6, 0.2, 0.2)), seed)
     machine, data = Machine(devices, accelerator), labelled.data(source, batch_size)
     data.setup()
-    refuse_few_groups(data)
+    bootstrap = Bootstrap(resamples, seed)
+    refuse_few_groups(data, bootstrap)
     moderator = PrototypeModerator(metrics or DEFAULT_METRICS, n_folds=folds, strengths=strengths or STRENGTHS)
     folder = folder_of(out, moderator, data, source, overwrite=overwrite)
     exact = with_baselines(source, labelled, Elsewhere(tokenizer=tokenizer, dataset=dataset)) if compare else None
@@ -88,7 +89,7 @@ def moderate_fit(
     further = {} if exact is None else compared(exact, labelled.data(source, MLP_STEP), machine)
     if not trainer.is_global_zero:
         return
-    results = moderation_results(moderator, data, further=further, bootstrap=Bootstrap(resamples, seed))
+    results = moderation_results(moderator, data, further=further, bootstrap=bootstrap)
     saved = written(folder, moderator, data, source, results)
     print(f"{len(moderator.grid.entries):,} prototypes (vectors x metrics) and {len(moderator.grid.mixtures)} mixtures of layers")
     print(comparison(results))
@@ -207,6 +208,8 @@ def moderate_score(
         raise InvalidInputError("name what is to be moderated: --texts or --dataset, one of them")
     if out is not None and (Path(out).suffix != ".parquet" or (Path(out).exists() and not overwrite)):
         raise InvalidInputError(f"{out} must be a .parquet file that is not there yet; to replace one, pass --overwrite")
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
     saved = load_moderator(moderator)
     live = LiveModerator(saved, name, model=model, tokenizer=tokenizer, device=chosen_device(device))
     samples = Samples(texts or str(dataset), config_name, split, text_column, messages_column, num_samples, sample_seed)
@@ -281,6 +284,7 @@ def moderate_curve(
     there = [str(file) for file in (path, path.with_suffix(".json")) if file.exists()]
     if there and not overwrite:
         raise InvalidInputError(f"{' and '.join(there)} would be replaced: name another picture, or pass --overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
     source = opened(runs, pooling, allow_unverified=allow_unverified)
     labelled = Labelled(label, group, label_file, None if vector is None else [vector], tuple(shares or (0.6, 0.2, 0.2)), seed)
     data, chosen = labelled.data(source), checked_metrics(metrics or DEFAULT_METRICS)

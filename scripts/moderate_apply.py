@@ -52,6 +52,7 @@ def apply_to_runs(application: Application, source: Aggregations, out: Path, mac
     saved, name = application.saved, application.name
     saved.refuse_another(source, name)
     keep, labels = _kept(application, source), _labels(application, source)
+    n_left_out = len(source) - len(keep)
     groups = _groups(application, source, application.group)
     moderator, data = PrototypeModerator(saved.content["metrics"]), StoredSamples(source, saved.grid.vectors_of(name))
     moderator.grid = saved.grid.part_of(name)
@@ -80,7 +81,7 @@ def apply_to_runs(application: Application, source: Aggregations, out: Path, mac
         out / "metrics.json",
         {
             "moderator": saved.name, "name": name, "runs": source.runs, "label": application.label, "classes": saved.classes,
-            "n_samples": len(keep), "n_left_out_as_seen": len(source) - len(keep), "group_column": application.group,
+            "n_samples": len(keep), "n_left_out_as_seen": n_left_out, "group_column": application.group,
             "metrics": {what: asdict(interval) for what, interval in metrics.items()}, "confusion": confusion,
             "warnings": warnings, "findings": {entry: [asdict(finding) for finding in found] for entry, found in findings.items()},
         },
@@ -90,11 +91,7 @@ def apply_to_runs(application: Application, source: Aggregations, out: Path, mac
         saved.classes, {entry: saved.threshold_of(entry) for entry in moderator.grid.names}, of_kept,
     )  # fmt: skip
     confusion_plot(confusion, saved.classes, f"{application.label} in {source.title}\n{name}", out / "confusion.png")
-    left_out = (
-        f"; {len(source) - len(keep):,} left out, of which, or of whose groups, it was made or chosen"
-        if len(keep) < len(source)
-        else ""
-    )
+    left_out = f"; {n_left_out:,} left out: of these, or of their groups, it was made or chosen" if n_left_out else ""
     print(f"{application.label} by {name} of {saved.name}: {len(keep):,} samples{left_out}")
     for what, interval in metrics.items():
         print(f"  {COLUMNS[what]:<18} {span(interval)}")
@@ -153,9 +150,7 @@ def _warnings(application: Application, source: Aggregations, n_groups: int, met
     if n_groups < FEW_GROUPS:
         found.append(f"there are {n_groups} groups only: the intervals are too narrow (of 12 groups, 95% ones hold 90%)")
     if "auroc" not in metrics:
-        found.append(
-            f"all samples are of one class: of AUROC, F1 and the rates at the threshold only {', '.join(metrics)} is defined"
-        )
+        found.append(f"all samples are of one class, which defines neither AUROC nor F1, but {', '.join(metrics)} only")
     elif metrics["auroc"].high < 0.5:
         found.append("it is worse than chance on these samples: they differ from those of the fit in more than the draw")
     return found

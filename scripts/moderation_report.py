@@ -93,7 +93,8 @@ def write_predictions(
 ) -> None:
     """Writes a row for each sample and moderator: the most probable class, and each class's probability and distance.
 
-    Of two classes also the log-odds of the second, and whether they are above the threshold. Mixtures have no distances of their own: theirs are null, and those of their layers are in the rows of these.
+    Of two classes also the log-odds of the second, and whether they are above the threshold. Mixtures have no distances of their
+    own: theirs are null, and those of their layers are in the rows of these.
 
     Args:
         path: A .parquet file.

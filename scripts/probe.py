@@ -46,7 +46,7 @@ def probe(
         out: Folder for the probes, metrics.json, layers.png and report.md.
         group: Column of which no value is to be in two parts: what samples share and a probe could remember.
         label_file: File with the labels, if they are not in the store: .jsonl, .csv or .parquet, with sample_index or token_hash.
-        label_kind: Whether labels are classes or real values.
+        label_kind: Whether labels are classes or real values; of ridge they are real values.
         unit: What has a label: each sample, or each token (then the column holds a list a sample; see `label-tokens`).
         vectors: Which activations, such as resid_post.3/mean. Default: all that fit the unit.
         kind: logistic, mass-mean and ridge (real values) are exact; mlp and attention (over tokens) are trained in steps.
@@ -93,7 +93,8 @@ def probe(
     others = {} if untrained is None else {UNTRAINED: ActivationStore(untrained, allow_unverified=allow_unverified)}
     training = Training(kind, strengths, balanced, batch_size, epochs, learning_rate, hidden, starts, devices, accelerator)
     data = ActivationDataModule(
-        store, label, label_file=label_file, label_kind=label_kind, unit=unit, over_tokens=kind == "attention", names=vectors,
+        store, label, label_file=label_file,
+        label_kind="values" if kind == "ridge" else label_kind, unit=unit, over_tokens=kind == "attention", names=vectors,
         group=group, shares=shares or (0.6, 0.2, 0.2), seed=seed, n_shuffles=shuffles, others=others,
         batch_size=training.examples_of_step,
     )  # fmt: skip

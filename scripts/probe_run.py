@@ -170,6 +170,10 @@ def finish(
         sweep, data, further=further, bootstrap=bootstrap, erased=erased, not_erased=not_erased,
         benign=None if negatives is None else _benign(negatives, sweep, best),
     )  # fmt: skip
+    if sweep.kind == "mass-mean" and results.best_baseline is not None:
+        results.warnings.append(
+            f"{results.best_baseline!r} was probed by mass-mean, too: by --kind logistic the words may tell more"
+        )
     save_probes(folder, sweep, data, results, store.info, stacking)
     write_text_atomically(folder / "metrics.json", json.dumps(results.to_json(), indent=1) + "\n")
     layers_plot(results, folder / "layers.png")
@@ -182,9 +186,16 @@ def finish(
 def _how(sweep: ProbeSweep, data: ActivationDataModule, store: ActivationStore) -> list[str]:
     """Says what a reader needs to do it again."""
     about, strengths = store.info.about, sorted({setting.strength for setting in sweep.settings})
+    chosen = {name: sweep.settings[int(found.chosen[0])].strength for name, found in sweep.validated.items()}
+    at_end = [name for name, strength in chosen.items() if strength == strengths[-1]]
     return [
         f"Probes: {sweep.kind}; strengths {', '.join(f'{strength:g}' for strength in strengths)}.",
         f"Activations of `{about['model']}` over `{about['dataset']}`, from `{store.title}` ({store.info.fingerprint}).",
+        *(
+            [f"The strength of {', '.join(f'`{name}`' for name in at_end)} is the largest tried: larger ones may do better."]
+            if len(strengths) > 1 and at_end
+            else []
+        ),
         f"Parts: shares {', '.join(f'{share:g}' for share in data.shares)}, seed {data.seed}; who is where: split.json.",
     ]
 

@@ -1,6 +1,7 @@
 """What `exactivations score` prints and writes."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -53,7 +54,10 @@ def tell_scores(scored: list[ScoredSample], scorer: Scorer, data: TextDataModule
         for sample in scored[:show]:
             print(f"{sample.sample_index:>8}  {_in_words(sample, classes, threshold)}  {_excerpt(sample, data)}")
         if threshold is not None:
-            print(f"* log-odds above {threshold:.4f}, the threshold for {probes.content['threshold_max_fpr']:.0%} false positives")
+            print(
+                f"* above the threshold for {probes.content['threshold_max_fpr']:.0%} false positives: log-odds {threshold:.4f}, "
+                f"probability {1 / (1 + math.exp(-threshold)):.4f}"
+            )
     if len(scored) > show:
         print(f"{len(scored):,} samples; {show} are shown (--show)")
 
@@ -93,7 +97,7 @@ def _row(sample: ScoredSample, scorer: Scorer) -> dict[str, Any]:
         return row | {"value": float(found)}
     if len(classes) > 2:
         return row | {"class": classes[int(found.argmax())], "probability": dict(zip(classes, found.tolist(), strict=True))}
-    row |= {"class": classes[int(found > 0.5)], "probability": float(found)}
+    row |= {"class": classes[int(found > 0.5)], "probability": float(found), "log_odds": float(sample.scores[0])}
     threshold = scorer.probes.threshold_of(scorer.vector)
     return row if threshold is None else row | {"above_threshold": bool(sample.scores[0] > threshold)}
 

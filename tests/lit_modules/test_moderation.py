@@ -3,6 +3,7 @@
 import multiprocessing
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from exactivations.datamodules.activations import ActivationDataModule
 from exactivations.datamodules.folds import folds_of_train
 from exactivations.datamodules.stored_samples import StoredSamples
 from exactivations.lit_modules.aggregations import Aggregations
+from exactivations.lit_modules.masked_rows import MaskedRows
 from exactivations.lit_modules.moderation import PrototypeModerator
-from exactivations.lit_modules.moderation_results import FALSE_POSITIVES, RECALL, moderation_results
-from exactivations.lit_modules.moderator_file import load_moderator, save_moderator
-from exactivations.lit_modules.prototype_grid import METRICS
+from exactivations.lit_modules.moderation_results import FALSE_POSITIVES, RECALL, metrics_on, moderation_results
+from exactivations.lit_modules.moderator_file import fingerprint, load_moderator, of_seen_groups, save_moderator
+from exactivations.lit_modules.probe_evaluation import Bootstrap
+from exactivations.lit_modules.prototype_grid import METRICS, scores_of
 from exactivations.store.errors import CorruptShardError, InvalidInputError, StoreError
 from tests.lit_modules.probe_stores import trainer, write_rows
 
@@ -138,8 +141,9 @@ def test_what_is_predicted_from_a_file_is_what_was_tested(tmp_path):
     store = store_of(tmp_path / "run")
     data = data_of(store)
     moderator = fitted(data)
-    results = moderation_results(moderator, data)
+    results = moderation_results(moderator, data, bootstrap=Bootstrap(50))
     saved = save_moderator(tmp_path / "made", moderator, data, data.source, results)
+    assert saved.content["fingerprint"] == fingerprint(moderator, data_of(store), data.source)
     other = PrototypeModerator()
     other.grid = saved.grid
     trainer().predict(other, datamodule=StoredSamples(store, data.names, 50), return_predictions=False)
@@ -151,11 +155,12 @@ def test_what_is_predicted_from_a_file_is_what_was_tested(tmp_path):
     again = fitted(data_of(store))
     save_moderator(tmp_path / "again", again, data, data.source, results)
     assert (tmp_path / "again" / "moderator.safetensors").read_bytes() == first  # the same run: the same name and bytes
-    for change in ({"seed": 1}, {"names": data.names[:2]}, {"shares": (0.5, 0.3, 0.2)}):
+    for change in ({"seed": 1}, {"names": data.names[:2]}, {"shares": (0.5, 0.3, 0.2)}, {"batch_size": 64}):
         changed = data_of(store, **change)
-        made = fitted(changed)
-        kept = save_moderator(tmp_path / "changed", made, changed, changed.source, moderation_results(made, changed))
-        assert kept.name != saved.name
+        assert fingerprint(moderator, changed, changed.source) != saved.content["fingerprint"]
+    known = {group for part in ("train", "validation") for group in data.groups_of(part)}
+    assert of_seen_groups(saved, data.groups).tolist() == [group in known for group in data.groups]
+    assert len(known) < len(set(data.groups)) and not of_seen_groups(saved, ["group 99"]).any()
     damaged = bytearray(first)
     damaged[-5] ^= 1
     (tmp_path / "made" / "moderator.safetensors").write_bytes(damaged)
@@ -183,6 +188,72 @@ def test_results_are_chosen_on_validation_and_measured_on_test(tmp_path):
             assert np.sum(results.confusion[name]) == len(truth["test"])
             assert results.confusion[name][1][1] == ((scores["test"] > 0) & (truth["test"] == 1)).sum()
     assert moderator.validation[moderator.chosen] == max(moderator.validation.values())
+    benign = torch.from_numpy(np.flatnonzero(truth["test"] == 0))
+    name, each = moderator.chosen, list(range(len(benign)))
+    of_test = scores_of(moderator.log_probabilities(name, moderator.tested))
+    only = metrics_on(of_test[benign], torch.zeros(len(benign)).long(), each, results.thresholds[name], Bootstrap(), 2)
+    assert only.keys() == {FALSE_POSITIVES}  # harmless samples alone: nothing else is defined
+    assert only[FALSE_POSITIVES].estimate == results.table.metrics[name][FALSE_POSITIVES].estimate
+
+
+def test_what_makes_results_doubtful_is_said(tmp_path):
+    rows, labels, groups = gaussians()
+    hashes = [f"{at // 2:032x}" for at in range(N)]  # each text twice
+    for column, numbers in (("group", groups), (None, np.arange(N).tolist())):
+        kept = {"label": [f"class {n}" for n in labels], "group": numbers, "token_hash": hashes}
+        data = data_of(write_rows(tmp_path / f"{column}", rows, **kept), group=column)
+        results = moderation_results(fitted(data, PrototypeModerator(n_folds=None)), data, bootstrap=Bootstrap(50))
+        found = "\n".join(results.table.warnings)
+        assert "have the same tokens as a sample of train" in found
+        assert "negatives, too few for a rate of 1%" in found and results.table.threshold.n_negatives < 100
+        assert ("test has 6 groups only" in found) == (column is not None)
+        assert ("no --group was given" in found) == (column is None)
+
+
+def test_groups_that_are_numbers_are_resampled_in_the_order_of_numbers(tmp_path):
+    rows, labels, _ = gaussians()
+    found = []
+    for name, numbers in (("numbers", [at % 30 for at in range(N)]), ("names", [f"{at % 30:02d}" for at in range(N)])):
+        data = data_of(write_rows(tmp_path / name, rows, label=[f"class {n}" for n in labels], group=numbers))
+        found.append(moderation_results(fitted(data, PrototypeModerator(n_folds=None)), data).table.metrics)
+    assert found[0] == found[1]  # as text, 10 would come before 9
+
+
+def test_imported_masks_and_own_ones_do_not_stand_for_each_other(tmp_path):
+    rows, labels, groups = gaussians()
+    tokens = {"resid_post.0/tokens": np.repeat(rows["resid_post.0/mean"], 2, axis=0)}  # two tokens a sample, one always content
+    kept = {"label": [f"class {n}" for n in labels], "group": groups, "token_hash": [f"{at:032x}" for at in range(N)]}
+    source = Aggregations([MaskedRows(write_rows(tmp_path / "run", tokens, lengths=[2] * N, **kept), ["last"])])
+    data = ActivationDataModule(source, "label", group="group")
+    moderator = fitted(data, PrototypeModerator(n_folds=None))
+    saved = save_moderator(tmp_path / "made", moderator, data, source, moderation_results(moderator, data))
+    saved.refuse_another(source, saved.best)
+    source.sources[0].masks_hash = "of a file"
+    with pytest.raises(InvalidInputError, match="is pooled under imported masks, and under the run's own ones in"):
+        saved.refuse_another(source, saved.best)
+
+
+@pytest.mark.parametrize("limit", [{"limit_train_batches": 1}, {"limit_val_batches": 1}])
+@pytest.mark.parametrize("batch_size", [None, 64])
+def test_a_trainer_that_does_not_read_every_sample_once_is_refused(tmp_path, limit, batch_size):
+    data = data_of(store_of(tmp_path / "run"), batch_size)
+    made = trainer()
+    for name, value in limit.items():
+        setattr(made, name, value)
+    with pytest.raises(InvalidInputError, match="do not limit its batches"):
+        made.fit(PrototypeModerator(), datamodule=data)
+
+
+def test_sums_that_do_not_fit_into_memory_are_refused_at_the_start(tmp_path, monkeypatch):
+    store = store_of(tmp_path / "run")
+    of_one = 8 * 5 * 2 * WIDTH**2
+    monkeypatch.setattr("exactivations.lit_modules.moderation.psutil.virtual_memory", lambda: SimpleNamespace(available=2 * of_one))
+    with pytest.raises(InvalidInputError, match=r"the sums of 3 vectors x 2 classes x 5 folds on 1 devices take .*--batch-size"):
+        trainer().fit(PrototypeModerator(), datamodule=data_of(store, 64))
+    moderator = PrototypeModerator()
+    moderator.trainer = trainer()
+    moderator.trainer.datamodule = data_of(store)
+    moderator.on_fit_start()  # whole vectors come one at a time
 
 
 def test_no_group_straddles_folds_and_mixtures_are_of_held_out_probabilities(tmp_path):

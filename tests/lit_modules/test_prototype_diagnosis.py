@@ -7,7 +7,6 @@ from scipy.stats import norm
 
 from exactivations.lit_modules.prototype_diagnosis import (
     condition_number,
-    diagnose_activations,
     diagnose_predictions,
     diagnose_prototypes,
 )
@@ -119,20 +118,9 @@ def test_copies_of_one_row_have_distances_without_variance(width):
     assert names(diagnose_predictions(prototypes, on_it)) == ["distances-without-variance"]
 
 
-def test_activations_that_are_not_finite_are_counted_and_the_first_is_named():
-    rows = torch.ones(8, 4, dtype=torch.float16)
-    assert diagnose_activations(rows) == []
-    rows[3, 2], rows[5, 0], rows[5, 1] = torch.inf, torch.nan, torch.nan
-    (found,) = diagnose_activations(rows)
-    assert found.name == "activations-not-finite" and "65,504" in found.advice
-    assert found.message == "2 of 8 rows have inf or NaN in them, first row 3 at dimension 2: inf"
-    assert "65,504" not in diagnose_activations(rows.float())[0].advice
-
-
 def test_no_rows_and_single_rows_raise_nothing():
     rows, labels = gaussians(8, 2, 3, gap=6.0)
     prototypes = Prototypes.euclidean(moments_of(rows, labels))
     assert diagnose_prototypes(prototypes, moments_of(rows, labels)) == []
     assert diagnose_predictions(prototypes, prototypes.distances(rows[:0])) == []
     assert diagnose_predictions(prototypes, prototypes.distances(rows[:1])) == []
-    assert diagnose_activations(rows[:0]) == []

@@ -2,13 +2,17 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from exactivations.lit_modules.moderator_file import load_moderator
 from exactivations.scripts.main import main
+from exactivations.scripts.moderate_apply import Application, apply_to_runs
+from exactivations.scripts.moderate_run import Machine, opened
 from tests.scripts.test_main import error_of
 
 CALM, HARSH = "def f{i}(x):\n    return x + {i}\n", "def f{i}(x):\n    eval(x)\n    return {i}\n"
@@ -20,6 +24,10 @@ SAMPLES = [
     }
     for at in range(150)
 ]
+OTHERS = [
+    {**row, "text": "# new\n" + row["text"], "module": row["module"] + (100 if at < 30 else 0), "site": at if at != 7 else None}
+    for at, row in enumerate(SAMPLES[:60])
+]  # other texts, of which the second half is of modules that there were before
 TEMPLATE = "{text}\n# It is"
 
 
@@ -29,7 +37,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("moderate")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
-        for name, rows in (("texts", SAMPLES), ("others", [row | {"text": "# new\n" + row["text"]} for row in SAMPLES[:60]])):
+        for name, rows in (("texts", SAMPLES), ("others", OTHERS)):
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         few = ["--layers", "1", "3", "--accelerator", "cpu", "--cpu-threads", "1", "--verify-samples", "2"]
         for name, data, *more in (
@@ -69,7 +77,12 @@ def test_a_fit_writes_the_moderator_its_predictions_and_the_comparison(made):
     for row in best:
         counts[content["classes"].index(row["label"]), content["classes"].index(row["predicted"])] += 1
     assert metrics["confusion"][content["best"]] == counts.tolist()
-    assert "text alone" in (out / "report.md").read_text()
+    for row in rows:
+        assert row["above_threshold"] == (row["log_odds"] > content["moderators"][row["moderator"]]["threshold"])
+        assert 1 / (1 + np.exp(-row["log_odds"])) == pytest.approx(row["probability good"])
+    report = (out / "report.md").read_text()
+    assert "text alone" in report and "intervals on test are not corrected" in report and "looks at the same test part" in report
+    assert any("negatives, too few for a rate of 1%" in warning for warning in metrics["warnings"])
 
 
 @pytest.mark.parametrize("name", ["resid_post.1/mean mahalanobis:ridge", "MLPM/last+prompt mahalanobis:ledoit-wolf"])
@@ -110,11 +123,31 @@ def test_live_is_as_stored_and_as_deep_as_needed(made, tmp_path, name, monkeypat
 def test_other_samples_are_tested_and_seen_ones_are_not(made, tmp_path, capsys):
     command = ["moderate", "test", str(made / "made")]
     options = ["--group", "module", "--accelerator", "cpu", "--resamples", "100"]
-    main([*command, str(made / "other"), "--out", str(tmp_path / "t"), "--name", "resid_post.3/mean euclidean", *options])
+    other = [*command, str(made / "other"), "--name", "resid_post.3/mean euclidean", *options]
+    message = error_of(capsys, *other, "--out", str(tmp_path / "t"))
+    assert "or another of its group (0 of 60 samples are known by token hash" in message
+    main([*other, "--out", str(tmp_path / "t"), "--unseen-only"])
     metrics = json.loads((tmp_path / "t" / "metrics.json").read_text())
-    assert metrics["n_samples"] == 60 and set(metrics["metrics"]) == {"auroc", "f1", "recall_at_1%_fpr", "fpr_at_that_threshold"}
+    split = json.loads((made / "made" / "split.json").read_text())
+    tested = {SAMPLES[at]["module"] for at in split["test"]}
+    left = [at for at, row in enumerate(OTHERS) if row["module"] >= 100 or row["module"] in tested]
+    assert metrics["n_samples"] == len(left) < 60 and metrics["n_left_out_as_seen"] == 60 - len(left)
+    assert set(metrics["metrics"]) == {"auroc", "f1", "recall_at_1%_fpr", "fpr_at_that_threshold"}
+    message = error_of(capsys, *other, "--out", str(tmp_path / "n"), "--unseen-only", "--group", "site")
+    assert "sample 7 has nothing in column 'site'" in message
+    saved = load_moderator(made / "made")
+    unknown = replace(saved, content={**saved.content, "split": {"group_column": "author"}})
+    application = Application(unknown, "resid_post.3/mean euclidean", "label", None, None, unseen_only=False)
+    apply_to_runs(application, opened([str(made / "other")]), tmp_path / "c", Machine(1, "cpu"), 100, 0)
+    warned = " ".join(json.loads((tmp_path / "c" / "metrics.json").read_text())["warnings"])
+    assert "has no column 'author'" in warned and "no --group was given" in warned
+    benign = tmp_path / "benign.jsonl"
+    benign.write_text("".join(json.dumps({"sample_index": at, "label": "bad"}) + "\n" for at in range(60)))
+    main([*other, "--out", str(tmp_path / "b"), "--unseen-only", "--label-file", str(benign)])
+    metrics = json.loads((tmp_path / "b" / "metrics.json").read_text())
+    assert metrics["metrics"].keys() == {"fpr_at_that_threshold"} and "one class" in " ".join(metrics["warnings"])
     message = error_of(capsys, *command, str(made / "plain"), "--out", str(tmp_path / "u"))
-    assert "was made of or chosen on sample" in message and "of 150 samples, by token hash" in message
+    assert "was made of or chosen on sample" in message and "of 150 samples are known by token hash" in message
     name = ["--name", "resid_post.3/mean euclidean"]
     main([*command, str(made / "plain"), "--out", str(tmp_path / "u"), "--unseen-only", *name, *options])
     rows = pq.read_table(tmp_path / "u" / "predictions.parquet").to_pylist()
@@ -149,7 +182,20 @@ def test_what_does_not_belong_is_refused(made, tmp_path, capsys):
     message = error_of(capsys, "moderate", "fit", str(made / "plain"), "--label", "label", "--masks", "m.parquet")
     assert "--masks belong to one run that keeps the rows of its tokens" in message
     message = error_of(capsys, "moderate", "fit", str(made / "plain"), "--label", "label", "--out", moderator)
-    assert "holds another moderator, label-" in message
+    assert "holds a moderator already" in message and "--overwrite" in message
+    message = error_of(capsys, "moderate", "fit", str(made / "plain"), "--label", "label", "--batch-size", "50")
+    assert "--compare false" in message
+    message = error_of(
+        capsys, "moderate", "fit", str(made / "plain"), "--label", "label", "--group", "module", "--shares", "0.7", "0.2", "0.1"
+    )
+    assert "groups (module), intervals need 5 at least" in message
+    fit = ["moderate", "fit", str(made / "plain"), "--label", "label", "--accelerator", "cpu", "--out", str(tmp_path / "y")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("exactivations.scripts.moderate_run.Machine.fitted", lambda *_: pytest.fail("it was fitted before"))
+        assert "could not be lo" in error_of(capsys, *fit, "--tokenizer", str(tmp_path / "none"))
+    main(["moderate", "score", moderator, "--texts", "eval(x)", "--device", "cpu"])
+    out = capsys.readouterr().out
+    assert "log-odds of good" in out and "the threshold for 1% false positives" in out
     message = error_of(capsys, "moderate", "score", moderator, "--texts", "a", "--name", "resid_post.2/mean euclidean")
     assert "there is no moderator 'resid_post.2/mean euclidean'" in message
     cut = [
@@ -192,5 +238,13 @@ def test_the_curve_has_a_point_for_each_size_and_all(made, tmp_path, capsys):
     assert [point["n_per_class"] for point in points] == [5, 20, None] * 2
     assert [point["counts"] for point in points[:2]] == [[5, 5], [20, 20]] and points[2]["n_draws"] == 1
     assert all(point["auroc"][1] <= point["auroc"][0] <= point["auroc"][2] for point in points)
-    message = error_of(capsys, "moderate", "curve", str(made / "plain"), *options, "--sizes", "1000", "--plot", str(plot))
-    assert "1,000 samples per class are none, or all there are" in message
+    command = ["moderate", "curve", str(made / "plain"), *options]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("exactivations.scripts.moderate_run.Machine.trainer", lambda *_: pytest.fail("it was fitted before"))
+        for wrong, what in (
+            (["--sizes", "1000", "--plot", str(tmp_path / "n.png")], "1,000 samples per class are none, or all there are"),
+            (["--sizes", "5", "--draws", "1", "--plot", str(tmp_path / "n.png")], "at least 2 draws"),
+            (["--sizes", "5", "--plot", str(tmp_path / "curve.jpg")], "must end in .png"),
+            (["--sizes", "5", "--plot", str(plot)], "would be replaced: name another picture, or pass --overwrite"),
+        ):
+            assert what in error_of(capsys, *command, *wrong)

@@ -204,7 +204,7 @@ def test_what_is_wrong_is_said_in_one_line(run, probes, texts, tmp_path, capsys)
     assert "no column 'dock'" in error_of(capsys, "probe", run, "--label", "dock", *out)
     assert "resid_post.1/mean" in error_of(capsys, "probe", run, "--label", "doc", "--vectors", "resid_post.1/mean", *out)
     assert "--overwrite" in error_of(capsys, "probe", run, "--label", "doc", "--out", probes)
-    assert "ridge" in error_of(capsys, "probe", run, "--label", "doc", "--kind", "ridge", *out)
+    assert "must be numbers" in error_of(capsys, "probe", run, "--label", "doc", "--kind", "ridge", *out)
     foreign = tmp_path / "labels.jsonl"
     foreign.write_text("\n".join(json.dumps({"sample_index": i, "y": i % 2}) for i in range(N_TEXTS + 3)))
     assert f"{N_TEXTS} is no sample" in error_of(capsys, "probe", run, "--label", "y", "--label-file", foreign, *out)
