@@ -7,13 +7,11 @@ import torch
 from torch import Tensor
 
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.aggregations import without_template
-from exactivations.lit_modules.extraction import ActivationExtractor
 from exactivations.lit_modules.live_activations import live_batches
+from exactivations.lit_modules.live_model import LiveModel
 from exactivations.lit_modules.moderator_file import SavedModerator
-from exactivations.lit_modules.origin import Samples, data_for, model_of
+from exactivations.lit_modules.origin import Samples
 from exactivations.store.errors import InvalidInputError
-from exactivations.store.means_file import origin_of, refuse_another_origin
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,7 @@ class _Prompted:
     identity: dict[str, object]
 
 
-class LiveModerator:
+class LiveModerator(LiveModel):
     """A saved moderator put on its model.
 
     Args:
@@ -44,7 +42,6 @@ class LiveModerator:
         device: str = "cpu",
     ) -> None:  # fmt: skip
         self.saved, self.name = saved, name or saved.best
-        self._tokenizer, self._device = tokenizer, device
         self._places = {vector: saved.content["vectors"][vector] for vector in saved.grid.vectors_of(self.name)}
         masked = [vector for vector, place in self._places.items() if place["masks"] is not None]
         if masked:
@@ -52,12 +49,8 @@ class LiveModerator:
                 f"{masked[0]} of {saved.path} was pooled under imported masks, and nothing says what those of other texts would "
                 "be: extract and import the masks of these texts too, and use `moderate test`"
             )
-        model_name, options = model_of(saved, model)
-        self._points = list(dict.fromkeys(place["hook_point"] for place in self._places.values()))
-        poolings = list(dict.fromkeys(place["pooling"] for place in self._places.values()))
-        self.extractor = ActivationExtractor(
-            model_name, self._points, poolings, options=options, store_dtype=saved.identity["store_dtype"]
-        )
+        places = list(self._places.values())
+        super().__init__(saved, places, model=model, tokenizer=tokenizer, device=device, title="the moderator")
 
     def data_of(self, samples: Samples, keep_columns: list[str] | None = None) -> TextDataModule:
         """Returns samples, put into the moderator's template and tokenized as those that it was made of.
@@ -67,13 +60,7 @@ class LiveModerator:
         """
         (template,) = {place["template"] for place in self._places.values()}  # a mixture is of one aggregation
         prompted = _Prompted(self.saved.about, self.saved.identity | {"template": template})
-        data = data_for(prompted, samples, self._tokenizer, keep_columns)
-        self.extractor.load(self._device)
-        now = without_template(origin_of({**self.extractor.identity(), **data.identity()}, self._points))
-        paths = self.saved.identity["hook_paths"]
-        then = self.saved.identity | {"hook_paths": {point: paths[point] for point in sorted(set(self._points))}}
-        refuse_another_origin(then, now, "what is there now", "the moderator")
-        return data
+        return self.described_data(prompted, samples, keep_columns)
 
     def batches(self, data: TextDataModule) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Yields sample_index int64 [B], and distances [B, K] of each entry that is needed, batch by batch: the longest first.
@@ -83,7 +70,7 @@ class LiveModerator:
             NotFiniteError: If an activation is not finite, naming its sample.
         """
         grid = self.saved.grid
-        for batch in live_batches(self.extractor, data, self._device):
+        for batch in live_batches(self.extractor, data, self.device):
             found: dict[str, Tensor] = {}
             for entry in grid.entries_of(self.name):
                 vector, metric = grid.entries[entry]

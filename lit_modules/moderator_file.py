@@ -1,6 +1,5 @@
 """moderator.safetensors: prototypes and mixtures, and all that is needed to apply them and to refuse what is not theirs."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,30 +21,29 @@ from exactivations.lit_modules.probe_results import MAX_FPR
 from exactivations.lit_modules.prototype_grid import METRICS, Mixture, PrototypeGrid
 from exactivations.lit_modules.prototypes import Prototypes
 from exactivations.lit_modules.run_description import versions
-from exactivations.store.errors import CorruptShardError, InvalidInputError, StoreError
-from exactivations.store.means_file import MODEL_ABOUT, hashes_as_bytes, keys_of, refuse_another_origin
+from exactivations.lit_modules.saved_file import Saved, read_saved, write_saved
+from exactivations.store.errors import InvalidInputError
+from exactivations.store.means_file import MODEL_ABOUT, at_points, hashes_as_bytes, keys_of, refuse_another_origin
 from exactivations.store.run_folder import fingerprint_of
-from exactivations.store.shard import open_shard, verify_shard, write_shard, write_text_atomically
 
-MODERATOR_FILE, READABLE_FILE, SPLIT_FILE = "moderator.safetensors", "moderator.json", "split.json"
+KIND, COMMAND = "moderator", "moderate fit"
+MODERATOR_FILE = f"{KIND}.safetensors"
 FORMAT_VERSION = 2
 SEEN, SEEN_GROUPS = "seen_token_hash//", "seen_group_hash"
 
 
 @dataclass(frozen=True)
-class SavedModerator:
+class SavedModerator(Saved):
     """Prototypes and mixtures of one label.
 
     Attributes:
         path: The file they are in.
-        content: What is known of them; also in moderator.json.
+        content: What is known of them; also in moderator.json. Its identity is without the template, which is each vector's own.
         grid: The prototypes and mixtures.
         seen: uint8 [n, 16], the token hashes of the samples of train and validation, in each of its runs.
         seen_groups: uint8 [m, 16], hashes of the groups of train and validation; None if it was fitted without groups.
     """
 
-    path: Path
-    content: dict[str, Any]
     grid: PrototypeGrid
     seen: list[npt.NDArray[np.uint8]]
     seen_groups: npt.NDArray[np.uint8] | None
@@ -54,21 +52,6 @@ class SavedModerator:
     def name(self) -> str:
         """Its label and its fingerprint."""
         return str(self.content["name"])
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """How model and tokenizer were called."""
-        return dict(self.content["about"])
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What they are, but for the template, which is each vector's own."""
-        return dict(self.content["identity"])
-
-    @property
-    def classes(self) -> list[str]:
-        """The names of the classes."""
-        return list(self.content["classes"])
 
     @property
     def best(self) -> str:
@@ -113,10 +96,8 @@ class SavedModerator:
                     f"{vector} in {source.title} is pooled under {of_now} masks, and under {of_then} ones in {self.path}: "
                     + ("import the masks of this run, and name them with --masks" if now["masks"] is None else "leave --masks out")
                 )
-        paths = self.identity["hook_paths"]
-        points = {self.content["vectors"][vector]["hook_point"] for vector in vectors}
-        then = self.identity | {"hook_paths": {point: paths[point] for point in sorted(points)}}
-        refuse_another_origin(then, source.origin(vectors), source.title, str(self.path))
+        points = [self.content["vectors"][vector]["hook_point"] for vector in vectors]
+        refuse_another_origin(at_points(self.identity, points), source.origin(vectors), source.title, str(self.path))
 
 
 def fingerprint(moderator: PrototypeModerator, data: ActivationDataModule, source: Aggregations) -> str:
@@ -150,8 +131,6 @@ def save_moderator(
     folder: str | Path, moderator: PrototypeModerator, data: ActivationDataModule, source: Aggregations, results: ModerationResults
 ) -> SavedModerator:
     """Writes moderator.safetensors, the same as moderator.json for people, and split.json. The same run gives the same bytes."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     grid, mark = moderator.grid, fingerprint(moderator, data, source)
     tensors: dict[str, Tensor] = {}
     for vector, made in grid.prototypes.items():
@@ -166,8 +145,6 @@ def save_moderator(
         tensors[SEEN_GROUPS] = torch.from_numpy(_group_hashes([*data.groups_of("train"), *data.groups_of("validation")]))
     info = source.sources[0].info
     content = {
-        "format_version": FORMAT_VERSION,
-        "kind": "moderator",
         "name": f"{data.label}-{mark[:16]}",
         "fingerprint": mark,
         "label": data.label,
@@ -196,9 +173,7 @@ def save_moderator(
         "runs": source.runs,
         "versions": versions(),
     }
-    write_text_atomically(folder / SPLIT_FILE, json.dumps(data.split.to_json(source.sample_index)) + "\n")
-    write_shard(folder / MODERATOR_FILE, {name: tensor.contiguous() for name, tensor in tensors.items()}, content)
-    write_text_atomically(folder / READABLE_FILE, json.dumps(content, indent=1) + "\n")
+    write_saved(folder, KIND, FORMAT_VERSION, content, tensors, data)
     return load_moderator(folder)
 
 
@@ -209,20 +184,7 @@ def load_moderator(path: str | Path) -> SavedModerator:
         StoreError: If there is none, or it is of another version.
         CorruptShardError: If the file is damaged.
     """
-    path = Path(path)
-    path = path / MODERATOR_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise StoreError(f"{path} does not exist: name the folder that `exactivations moderate fit` wrote")
-    try:
-        verify_shard(path)
-        tensors, content = open_shard(path)
-    except CorruptShardError as error:
-        raise CorruptShardError(f"{path} is damaged, or was not written by `moderate fit`: copy it again") from error
-    if content.get("kind") != "moderator" or content.get("format_version") != FORMAT_VERSION:
-        raise StoreError(
-            f"{path} holds no moderator of version {FORMAT_VERSION}, but {content.get('kind')} of version "
-            f"{content.get('format_version')}: make it anew with `moderate fit`"
-        )
+    path, tensors, content = read_saved(path, KIND, FORMAT_VERSION, COMMAND)
     n_classes = len(content["classes"])
     log_priors = torch.full((n_classes,), 1 / n_classes, dtype=torch.float64).log()
     prototypes: dict[str, dict[str, Prototypes]] = {}

@@ -1,10 +1,8 @@
 """probes.safetensors: chosen probes with all that is needed to score other texts by them, and to refuse another model's."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,17 +17,18 @@ from exactivations.lit_modules.probe_results import MAX_FPR, ProbeResults
 from exactivations.lit_modules.probe_scores import probabilities
 from exactivations.lit_modules.probes import ProbeSweep
 from exactivations.lit_modules.run_description import versions
-from exactivations.store.errors import CorruptShardError, InvalidInputError, StoreError
+from exactivations.lit_modules.saved_file import Saved, read_saved, write_saved
+from exactivations.store.errors import InvalidInputError
 from exactivations.store.means_file import origin_of
 from exactivations.store.run_folder import RunInfo
-from exactivations.store.shard import open_shard, verify_shard, write_shard, write_text_atomically
 
-PROBES_FILE, READABLE_FILE, SPLIT_FILE = "probes.safetensors", "probes.json", "split.json"
+KIND = "probes"
+PROBES_FILE = f"{KIND}.safetensors"
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class SavedProbes:
+class SavedProbes(Saved):
     """Probes of one label, one for each vector.
 
     Attributes:
@@ -39,24 +38,7 @@ class SavedProbes:
         tensors: By vector and parameter.
     """
 
-    path: Path
-    content: dict[str, Any]
     tensors: dict[str, dict[str, Tensor]]
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """How model and tokenizer were called."""
-        return dict(self.content["about"])
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What they are; see `origin_of`."""
-        return dict(self.content["identity"])
-
-    @property
-    def classes(self) -> list[str]:
-        """The names of the classes; empty for real values."""
-        return list(self.content["classes"])
 
     @property
     def scored_per_token(self) -> bool:
@@ -123,17 +105,13 @@ def save_probes(
         info: The description of the run that the activations are from: `store.info`, or `run_info(…)` for live ones.
         stacking: The stacking probe of all vectors, if there are several; see `ensembles`.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     names = probe_names(data)
     state = sweep.state()
-    tensors = {f"{name}//{key}": value.contiguous() for name in names for key, value in state[name].items()}
+    tensors = {f"{name}//{key}": value for name in names for key, value in state[name].items()}
     if stacking is not None:
-        tensors |= {f"{STACKED}//{key}": value.contiguous() for key, value in _parameters(stacking).items()}
+        tensors |= {f"{STACKED}//{key}": value for key, value in _parameters(stacking).items()}
     points = {name: name.rpartition("/") for name in names}
     content = {
-        "format_version": FORMAT_VERSION,
-        "kind": "probes",
         "probe": sweep.kind,
         "form": asdict(sweep.form),
         "label": data.label,
@@ -160,9 +138,7 @@ def save_probes(
         "run": {"title": data.source.title, "fingerprint": info.fingerprint, "dataset": info.identity["dataset"]},
         "versions": versions(),
     }
-    write_text_atomically(folder / SPLIT_FILE, json.dumps(data.split.to_json(data.source.sample_index)) + "\n")
-    write_shard(folder / PROBES_FILE, tensors, content)
-    write_text_atomically(folder / READABLE_FILE, json.dumps(content, indent=1) + "\n")
+    write_saved(folder, KIND, FORMAT_VERSION, content, tensors, data)
 
 
 def load_probes(path: str | Path) -> SavedProbes:
@@ -172,17 +148,7 @@ def load_probes(path: str | Path) -> SavedProbes:
         StoreError: If there are none, or they are of another version.
         CorruptShardError: If the file is damaged.
     """
-    path = Path(path)
-    path = path / PROBES_FILE if path.is_dir() else path
-    if not path.is_file():
-        raise StoreError(f"{path} does not exist: name the folder that `exactivations probe` wrote (--out)")
-    try:
-        verify_shard(path)
-        tensors, content = open_shard(path)
-    except CorruptShardError as error:
-        raise CorruptShardError(f"{path} is damaged, or was not written by `exactivations probe`: copy it again") from error
-    if content.get("kind") != "probes" or content.get("format_version") != FORMAT_VERSION:
-        raise StoreError(f"{path} holds no probes of version {FORMAT_VERSION}, but {content.get('kind')}")
+    path, tensors, content = read_saved(path, KIND, FORMAT_VERSION, "probe")
     by_vector: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, parameter = key.rpartition("//")

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.extraction import ActivationExtractor
 from exactivations.lit_modules.live_activations import live_batches
-from exactivations.lit_modules.origin import Samples, data_for, model_of
+from exactivations.lit_modules.live_model import LiveModel
+from exactivations.lit_modules.origin import Samples
 from exactivations.lit_modules.probe_file import SavedProbes
 from exactivations.lit_modules.probe_scores import probabilities
 from exactivations.store.batches import ActivationBatch
-from exactivations.store.means_file import origin_of, refuse_another_origin
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class ScoredSample:
     probabilities: Tensor
 
 
-class Scorer:
+class Scorer(LiveModel):
     """Saved probes put on their model.
 
     Args:
@@ -53,15 +52,9 @@ class Scorer:
         device: str = "cpu",
     ) -> None:  # fmt: skip
         self.probes, self.vector = probes, vector or str(probes.content["best"])
-        self._tokenizer, self._device = tokenizer, device
         self._vectors = probes.vectors_of(self.vector)
-        known = [probes.content["vectors"][name] for name in self._vectors]
-        name, options = model_of(probes, model)
-        self._points = list(dict.fromkeys(vector["hook_point"] for vector in known))
-        poolings = list(dict.fromkeys(vector["pooling"] for vector in known))
-        self.extractor = ActivationExtractor(
-            name, self._points, poolings, options=options, store_dtype=probes.identity["store_dtype"]
-        )
+        places = [probes.content["vectors"][name] for name in self._vectors]
+        super().__init__(probes, places, model=model, tokenizer=tokenizer, device=device, title="the probes")
 
     def data_of(self, samples: Samples) -> TextDataModule:
         """Returns samples, tokenized as those that the probes were trained on.
@@ -69,13 +62,7 @@ class Scorer:
         Raises:
             IdentityError: If model, tokenizer or dtype are not those that the probes were trained on.
         """
-        data = data_for(self.probes, samples, self._tokenizer)
-        self.extractor.load(self._device)
-        now = origin_of({**self.extractor.identity(), **data.identity()}, self._points)
-        paths = self.probes.identity["hook_paths"]
-        then = self.probes.identity | {"hook_paths": {point: paths[point] for point in sorted(set(self._points))}}
-        refuse_another_origin(then, now, "what is there now", "the probes")
-        return data
+        return self.described_data(self.probes, samples)
 
     def score(self, data: TextDataModule) -> Iterator[ScoredSample]:
         """Yields all samples of `data_of(…)`, in the order in which they are computed: the longest first.
@@ -84,7 +71,7 @@ class Scorer:
             InvalidInputError: If a sample does not fit the model.
             NotFiniteError: If an activation is not finite.
         """
-        for batch in live_batches(self.extractor, data, self._device):
+        for batch in live_batches(self.extractor, data, self.device):
             yield from self._scored(batch)
 
     def _scored(self, batch: ActivationBatch) -> Iterator[ScoredSample]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from exactivations.callbacks.process_watch import named_to_children
 from exactivations.datamodules.activations import ActivationDataModule
@@ -26,6 +25,7 @@ from exactivations.lit_modules.trained_probes import TrainedProbeSweep
 from exactivations.scripts.moderation_plots import confusion_plot, grid_plot
 from exactivations.scripts.moderation_report import moderation_report, write_predictions
 from exactivations.scripts.probe_run import add_baselines
+from exactivations.scripts.trainers import trainer_on
 from exactivations.store.activation_store import ActivationStore
 from exactivations.store.errors import InvalidInputError
 from exactivations.store.shard import write_text_atomically
@@ -66,16 +66,10 @@ class Machine:
         Raises:
             InvalidInputError: If there are no such devices.
         """
-        try:
-            return pl.Trainer(
-                accelerator=self.accelerator, devices=self.devices, max_epochs=max_epochs, logger=False, num_sanity_val_steps=0,
-                use_distributed_sampler=False, enable_checkpointing=False, enable_model_summary=False,
-                enable_progress_bar=sys.stderr.isatty(),
-            )  # fmt: skip
-        except (MisconfigurationException, ValueError) as error:
-            raise InvalidInputError(
-                f"--accelerator {self.accelerator} --devices {self.devices} cannot be had here: {error}"
-            ) from error
+        return trainer_on(
+            self.accelerator, self.devices, max_epochs=max_epochs, logger=False, num_sanity_val_steps=0,
+            enable_progress_bar=sys.stderr.isatty(),
+        )  # fmt: skip
 
     def fitted(self, module: pl.LightningModule, data: ActivationDataModule, max_epochs: int = 1) -> pl.Trainer:
         """Fits and tests."""

@@ -7,7 +7,6 @@ from typing import Literal
 import lightning.pytorch as pl
 import numpy as np
 import numpy.typing as npt
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from transformers import PreTrainedModel
 
 from exactivations.callbacks.activation_writer import ActivationWriter
@@ -21,6 +20,7 @@ from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.extraction import ActivationExtractor, check_lengths
 from exactivations.lit_modules.hook_points import BLOCK_KINDS, dissect, resolve_hook_points
 from exactivations.lit_modules.language_model import ModelOptions, load_skeleton
+from exactivations.scripts.trainers import trainer_on
 from exactivations.scripts.verification_table import verification_table
 from exactivations.store.errors import InvalidInputError
 from exactivations.store.pooling_names import TOKENS
@@ -163,16 +163,10 @@ def trainer_of(machine: Machine, callbacks: list[pl.Callback]) -> pl.Trainer:
     Raises:
         InvalidInputError: If the devices cannot be had.
     """
-    try:
-        return pl.Trainer(
-            accelerator=machine.accelerator, devices=machine.devices, num_nodes=machine.num_nodes, callbacks=callbacks,
-            logger=False, use_distributed_sampler=False, enable_progress_bar=False, enable_model_summary=False,
-            enable_checkpointing=False,
-        )  # fmt: skip
-    except (MisconfigurationException, ValueError) as error:
-        raise InvalidInputError(
-            f"--accelerator {machine.accelerator} --devices {machine.devices} cannot be had here: {error}"
-        ) from error
+    return trainer_on(
+        machine.accelerator, machine.devices, num_nodes=machine.num_nodes, callbacks=callbacks, logger=False,
+        enable_progress_bar=False,
+    )  # fmt: skip
 
 
 def threads_for(machine: Machine, trainer: pl.Trainer, writer: RunWriter) -> int | None:

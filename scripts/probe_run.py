@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import lightning.pytorch as pl
 import numpy as np
 import psutil
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
@@ -37,6 +35,7 @@ from exactivations.lit_modules.trained_probes import STRENGTHS as STRENGTHS_IN_S
 from exactivations.lit_modules.trained_probes import TrainedProbeSweep
 from exactivations.scripts.layers_plot import layers_plot
 from exactivations.scripts.probe_report import probe_report, results_table
+from exactivations.scripts.trainers import trainer_on
 from exactivations.store.activation_store import ActivationStore
 from exactivations.store.errors import InvalidInputError
 from exactivations.store.means_file import origin_of, refuse_another_origin
@@ -128,17 +127,11 @@ def fit(training: Training, data: ActivationDataModule, folder: Path) -> tuple[P
     """Fits and tests; returns the sweep, and whether this rank is the one that tells."""
     sweep, began = training.sweep(), time.monotonic()
     steps = training.examples_of_step is not None
-    try:
-        trainer = pl.Trainer(
-            accelerator=training.accelerator, devices=training.devices, max_epochs=training.epochs if steps else 1,
-            logger=CSVLogger(folder.parent, name=folder.name, version=""), log_every_n_steps=1, num_sanity_val_steps=0,
-            use_distributed_sampler=False, enable_checkpointing=False, enable_model_summary=False,
-            enable_progress_bar=sys.stderr.isatty(),
-        )  # fmt: skip
-    except (MisconfigurationException, ValueError) as error:
-        raise InvalidInputError(
-            f"--accelerator {training.accelerator} --devices {training.devices} cannot be had here: {error}"
-        ) from error
+    trainer = trainer_on(
+        training.accelerator, training.devices, max_epochs=training.epochs if steps else 1, num_sanity_val_steps=0,
+        logger=CSVLogger(folder.parent, name=folder.name, version=""), log_every_n_steps=1,
+        enable_progress_bar=sys.stderr.isatty(),
+    )  # fmt: skip
     if trainer.is_global_zero:
         n_probes = len(data.names) * len(sweep.settings) * len(data.variants)
         parts = ", ".join(f"{len(data.numbers(part)):,} {part}" for part in ("train", "validation", "test"))

@@ -16,8 +16,6 @@ from exactivations.store.errors import CorruptShardError, IncompleteStoreError, 
 from exactivations.store.run_folder import RunFolder
 from exactivations.store.shard import publishing, verify_shard
 
-OF_PROMPT = ("sample_index", "n_prompt_tokens", "prompt_ids")
-OF_ROW = ("alpha", "rollout", "seed", "n_tokens", "ended")
 SCORE = "score/"  # before the name of what is known of each token
 
 

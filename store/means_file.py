@@ -83,7 +83,7 @@ class MeansFile:
 
     def origin_at(self, hook_points: Iterable[str]) -> dict[str, Any]:
         """Returns the identity with the paths of these hook points only; see `origin_of`."""
-        return self.identity | {"hook_paths": {point: self.identity["hook_paths"].get(point) for point in sorted(set(hook_points))}}
+        return at_points(self.identity, hook_points)
 
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all. The same content gives the same bytes."""
@@ -200,6 +200,11 @@ def origin_of(identity: Mapping[str, Any], hook_points: Iterable[str]) -> dict[s
     origin = {name: value for name, value in identity.items() if name not in FREE_FIELDS}
     where = dict(zip(identity.get("hook_points", []), identity.get("hook_paths", []), strict=False))
     return origin | {"hook_paths": {point: where.get(point) for point in sorted(set(hook_points))}}
+
+
+def at_points(origin: Mapping[str, Any], hook_points: Iterable[str]) -> dict[str, Any]:
+    """Returns an origin with the paths of these hook points only; see `origin_of`."""
+    return {**origin, "hook_paths": {point: origin["hook_paths"].get(point) for point in sorted(set(hook_points))}}
 
 
 def refuse_another_origin(ours: Mapping[str, Any], other: Mapping[str, Any], what: str, here: str = "the means") -> None:
