@@ -1,5 +1,5 @@
 # make demo: set up and extract the demo store.  make test: set up and run all tests.  Both work on a fresh clone.
-.PHONY: setup demo test lint types format clean
+.PHONY: setup demo test bench lint types format clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -21,6 +21,13 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -n 2
+
+# Speed side by side with other tools (about half an hour, on a machine that does nothing else), then reading and starting.
+bench: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]' --config-settings editable_mode=strict
+	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python benchmarks/reading.py
+	$(BIN)/python benchmarks/starting.py
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

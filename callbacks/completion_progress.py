@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.amplification import Completions, LogitDiffAmplifier
+from exactivations.lit_modules.amplification import LogitDiffAmplifier
 
 
 class CompletionProgress(Callback):
@@ -42,13 +42,14 @@ class CompletionProgress(Callback):
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Counts a batch."""
-        assert isinstance(outputs, Completions) and self._bar is not None
-        self.n_tokens += len(outputs.token_ids)
-        self.n_completions += len(outputs.n_tokens)
+        """Counts a step's batches."""
+        assert self._bar is not None
+        n_completions = sum(len(of_batch.n_tokens) for of_batch in outputs)
+        self.n_tokens += sum(len(of_batch.token_ids) for of_batch in outputs)
+        self.n_completions += n_completions
         self.seconds = time.monotonic() - self._started
         self._bar.set_postfix_str(f"{self.n_tokens / self.seconds:,.0f} tokens/s", refresh=False)
-        self._bar.update(len(outputs.n_tokens))
+        self._bar.update(n_completions)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Closes the bar."""

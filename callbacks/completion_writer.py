@@ -9,7 +9,7 @@ from torch import Tensor
 from exactivations.callbacks.run_writer import RunWriter
 from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.amplification import Completions
-from exactivations.store.batches import TokenBatch
+from exactivations.store.batches import TokenBatch, TokenStep
 from exactivations.store.completions import SCORE
 from exactivations.store.errors import InvalidInputError, StoreError
 from exactivations.store.run_folder import RunInfo
@@ -18,7 +18,7 @@ from exactivations.store.shard import write_shard
 
 @runtime_checkable
 class Completer(Protocol):
-    """A LightningModule whose `predict_step` returns `Completions` of a `TokenBatch`."""
+    """A LightningModule whose `predict_step` returns the `Completions` of each batch of a `TokenStep`."""
 
     def check_fits(self, data: TextDataModule) -> None:
         """Refuses prompts that cannot be completed."""
@@ -54,22 +54,22 @@ class CompletionWriter(RunWriter):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        prediction: Completions,
+        prediction: list[Completions],
         batch_indices: Any,
-        batch: TokenBatch,
+        batch: TokenStep,
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Takes the completions of a batch, and publishes the shard if they were the last that it lacked."""
-        assert self.info is not None and prediction.place is not None
+        """Takes the completions of a step's batches, and publishes the shard if they were the last that it lacked."""
+        assert self.info is not None and batch.place is not None
         self.refuse_sigterm(trainer)
         data: TextDataModule = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.predict
-        shard = prediction.place.shard
+        shard = batch.place.shard
         if self._arrived is None:
             self._arrived = shard, []
         if self._arrived[0] != shard:  # a rank's batches come shard by shard
             raise _unfilled(self._arrived[0])
-        self._arrived[1].append((prediction, batch.on_host))
+        self._arrived[1].extend(zip(prediction, batch.on_host.batches(), strict=True))
         n_there = sum(len(prompts.sample_index) for _, prompts in self._arrived[1])
         if n_there == data.plan.shard_size(shard)[0]:
             metadata = {"shard": shard, "fingerprint": self.info.fingerprint}

@@ -107,12 +107,12 @@ class GroundTruthCheck(Callback):
         if loaded.device.type == "cpu":  # where memory is the same for all, and time is short
             return
         longest = int(data.tokens.n_tokens.argmax())
-        ids, _ = data.tokens.gather(np.array([longest]), int(data.tokens.n_tokens[longest]))
+        ids, _ = data.tokens.gather(np.array([longest]))
         try:
-            GroundTruth(loaded.model, loaded.hook_points[:1], loaded.arguments).states(ids[0], torch.float32)
+            GroundTruth(loaded.model, loaded.hook_points[:1], loaded.arguments).states(ids, torch.float32)
         except torch.cuda.OutOfMemoryError as error:
             raise InvalidInputError(
-                f"out of device memory computing the longest sample ({ids.shape[1]} tokens) alone in float32, as verifying will: "
+                f"out of device memory computing the longest sample ({len(ids)} tokens) alone in float32, as verifying will: "
                 f"cut it with --max-length, or verify nothing now (--verify-samples 0). {error}"
             ) from error
 

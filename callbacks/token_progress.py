@@ -44,22 +44,22 @@ class TokenProgress(Callback):
     def on_predict_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Starts the clock with the first batch: the extractor's trial of the heaviest ones comes before."""
+        """Starts the clock with the first step."""
         if self._started is None:
             self._started = time.monotonic()
 
     def on_predict_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Counts a batch."""
+        """Counts a step's batches."""
         assert isinstance(outputs, ActivationBatch) and self._bar is not None and self._started is not None
-        cost = float(next(self._costs))
+        cost = float(sum(next(self._costs) for _ in batch.shapes))
         self._cost_done += cost
         self._cost_left -= cost
         self.n_tokens += len(outputs.input_ids)
         left = (time.monotonic() - self._started) * self._cost_left / self._cost_done
         self._bar.set_postfix_str(f"{tqdm.format_interval(left)} left", refresh=False)
-        self._bar.update(batch.input_ids.numel())
+        self._bar.update(batch.computed_tokens)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Closes the bar."""

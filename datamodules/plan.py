@@ -151,15 +151,6 @@ class Plan:
         return np.add.reduceat(self.batch_cost, self.shard_start[:-1])
 
     @property
-    def heaviest_batches(self) -> list[int]:
-        """The batches that need the most memory: the one with the most tokens and the one with the largest B x L x L.
-
-        If these fit, all do, whether memory grows with the tokens of a batch or, as in `eager` attention, with its L x L scores.
-        """
-        by_tokens = int(np.lexsort((-self.batch_length, -self.batch_tokens))[0])
-        return sorted({by_tokens, int((self.batch_tokens * self.batch_length).argmax())})
-
-    @property
     def padded_share(self) -> float:
         """Padding as a share of all computed tokens."""
         computed = int(self.batch_tokens.sum())
@@ -168,8 +159,8 @@ class Plan:
     def assign(self, world_size: int, done: frozenset[int] = frozenset()) -> list[list[int]]:
         """Deals the shards that are not done to ranks: every one to exactly one, the predicted costs balanced.
 
-        The most expensive shard goes first, always to the rank with the least so far. A rank works through its shards in
-        ascending order.
+        The most expensive shard goes first, always to the rank with the least so far. A rank begins with the shards that hold
+        its heaviest batches, so that too little memory shows at once, and works through the others in ascending order.
 
         Raises:
             InvalidInputError: If world_size is below 1.
@@ -183,7 +174,32 @@ class Plan:
             load, rank = heapq.heappop(loads)
             ranks[rank].append(int(shard))
             heapq.heappush(loads, (load + float(self.shard_cost[shard]), rank))
-        return [sorted(shards_of_rank) for shards_of_rank in ranks]
+        return [self._heaviest_first(shards_of_rank) for shards_of_rank in ranks]
+
+    def steps(self, shards: list[int], most_tokens: int) -> list[range]:
+        """Cuts the batches of shards into runs that stay within one shard and, unless it is one batch, within so many tokens."""
+        found: list[range] = []
+        for shard in shards:
+            first = taken = 0
+            batches = self.batches_of(shard)
+            for place, tokens in enumerate(self.batch_tokens[batches.start : batches.stop].tolist()):
+                if taken and taken + tokens > most_tokens:
+                    found.append(batches[first:place])
+                    first, taken = place, 0
+                taken += tokens
+            found.append(batches[first:])
+        return found
+
+    def _heaviest_first(self, shards: list[int]) -> list[int]:
+        """Sorts shards, before all others those with the most tokens in a batch, and with the largest B x L x L.
+
+        Memory grows with the first or, as in `eager` attention with its L x L scores, with the second.
+        """
+        if not shards:
+            return []
+        weights = (self.batch_tokens, self.batch_tokens * self.batch_length)
+        heaviest = {max(sorted(shards), key=np.maximum.reduceat(of, self.shard_start[:-1]).__getitem__) for of in weights}
+        return sorted(shards, key=lambda shard: (shard not in heaviest, shard))
 
 
 def plan(lengths: Any, options: PlanOptions) -> Plan:

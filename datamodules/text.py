@@ -20,17 +20,18 @@ from exactivations.datamodules.named_tokenizer import load_tokenizer
 from exactivations.datamodules.plan import Plan, PlanOptions, plan
 from exactivations.datamodules.sources import load_source
 from exactivations.datamodules.tokenization import EncodedSample, TextOptions, TokenTable, encode_alone, tokenize, tokenizer_hash
-from exactivations.store.batches import Place, TokenBatch
+from exactivations.store.batches import Place, TokenBatch, TokenStep
 from exactivations.store.errors import InvalidInputError
 from exactivations.store.run_folder import OWN_COLUMNS, SAMPLES_BLOCK
 from exactivations.store.shard_sums import Groups
 
 
 class TextDataModule(pl.LightningDataModule):
-    """Tokenizes a dataset once, plans it, and yields this rank's part of the plan as whole `TokenBatch`es.
+    """Tokenizes a dataset once, plans it, and yields this rank's part of the plan as `TokenStep`s.
 
-    The items of its DataLoader *are* batches (`batch_size=None`), so Lightning has nothing to sample, rebuild or shard:
-    use `Trainer(use_distributed_sampler=False)`. Ranks get different numbers of batches, some of them none.
+    The items of its DataLoader *are* whole batches, as many as fit into a token budget (`batch_size=None`), so Lightning has
+    nothing to sample, rebuild or shard: use `Trainer(use_distributed_sampler=False)`. Ranks get different numbers of
+    batches, some of them none.
 
     Args:
         source: See `load_source`: "demo", a hub id, a file, a folder, a list of texts, or a `datasets.Dataset`.
@@ -195,7 +196,8 @@ class TextDataModule(pl.LightningDataModule):
         """Returns the planned batch that a sample is in."""
         position = int(np.searchsorted(self.tokens.sample_index, sample_index))
         assert self.tokens.sample_index[position] == sample_index, f"sample {sample_index} is not in the plan"
-        return PlannedBatches(self.tokens, self.plan, []).batch(int(self.plan.batch_of_sample[position]))
+        batch = int(self.plan.batch_of_sample[position])
+        return next(token_step(self.tokens, self.plan, range(batch, batch + 1)).batches())
 
     def identity(self) -> dict[str, Any]:
         """What of the data decides the values of a run, by field name."""
@@ -211,11 +213,11 @@ class TextDataModule(pl.LightningDataModule):
             **asdict(self.plan_options),
         }
 
-    def predict_dataloader(self) -> DataLoader[TokenBatch]:
+    def predict_dataloader(self) -> DataLoader[TokenStep]:
         """Yields this rank's batches, shard by shard, without the shards in `skip_shards`."""
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return DataLoader(
-            PlannedBatches(self.tokens, self.plan, self.shards_of(rank, world_size)),
+            self.steps_of(self.shards_of(rank, world_size)),
             batch_size=None,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
@@ -225,33 +227,37 @@ class TextDataModule(pl.LightningDataModule):
         """Returns the shards that a rank computes, in the order in which it does."""
         return self.plan.assign(world_size, self.skip_shards)[rank]
 
-    def heaviest_batches(self) -> list[TokenBatch]:
-        """Returns the batches that need the most memory, to be tried before anything is kept."""
-        batches = PlannedBatches(self.tokens, self.plan, [])
-        return [batches.batch(number) for number in self.plan.heaviest_batches]
+    def steps_of(self, shards: list[int]) -> "PlannedSteps":
+        """Returns the batches of some shards, in steps."""
+        return PlannedSteps(self.tokens, self.plan, self.plan.steps(shards, self.plan_options.token_budget))
 
 
-class PlannedBatches(Dataset[TokenBatch]):
-    """The batches of some shards of a plan, one `TokenBatch` an item."""
+class PlannedSteps(Dataset[TokenStep]):
+    """Batches of a plan, one `TokenStep` an item; `steps` are the numbers of the batches of each."""
 
-    def __init__(self, tokens: TokenTable, plan: Plan, shards: list[int]) -> None:
-        self._tokens, self._plan = tokens, plan
-        self._batches = [batch for shard in shards for batch in plan.batches_of(shard)]
+    def __init__(self, tokens: TokenTable, plan: Plan, steps: list[range]) -> None:
+        self._tokens, self._plan, self._steps = tokens, plan, steps
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self._steps)
 
-    def __getitem__(self, item: int) -> TokenBatch:
-        return self.batch(self._batches[item])
+    def __getitem__(self, item: int) -> TokenStep:
+        return token_step(self._tokens, self._plan, self._steps[item])
 
-    def batch(self, batch: int) -> TokenBatch:
-        """Returns a batch of the plan by its number there."""
-        positions = self._plan.batch(batch)
-        input_ids, token_mask = self._tokens.gather(positions, int(self._plan.batch_length[batch]))
-        return TokenBatch(
-            sample_index=torch.from_numpy(self._tokens.sample_index[positions]),
-            input_ids=input_ids,
-            n_tokens=torch.from_numpy(self._tokens.n_tokens[positions]),
-            token_mask=token_mask,
-            place=Place(*self._plan.place(batch)),
-        )
+
+def token_step(tokens: TokenTable, plan: Plan, batches: range) -> TokenStep:
+    """Returns consecutive batches of a plan, given by their numbers there."""
+    start = plan.batch_start[batches.start : batches.stop + 1]
+    positions = plan.order[start[0] : start[-1]]
+    input_ids, token_mask = tokens.gather(positions)
+    widths = plan.batch_length[batches.start : batches.stop]
+    n_tokens = tokens.n_tokens[positions]
+    n_real = np.add.reduceat(n_tokens, start[:-1] - start[0])
+    return TokenStep(
+        sample_index=torch.from_numpy(tokens.sample_index[positions]),
+        n_tokens=torch.from_numpy(n_tokens),
+        input_ids=input_ids,
+        token_mask=token_mask,
+        shapes=tuple(zip(np.diff(start).tolist(), widths.tolist(), n_real.tolist(), strict=True)),
+        place=Place(*plan.place(batches.start)),
+    )

@@ -140,15 +140,8 @@ def _of_data(store: ActivationStore, data: TextDataModule) -> TextTokens:
             f"{store.title}): it is another dataset, or another part of it"
         )
     positions = np.searchsorted(table.sample_index, store.sample_index)
-    n_tokens = table.n_tokens[positions]
-    ids, is_content = [], []
-    for first in range(0, len(positions), BLOCK):
-        lengths = n_tokens[first : first + BLOCK]
-        block_ids, block_mask = table.gather(positions[first : first + BLOCK], int(lengths.max()))
-        is_real = np.arange(lengths.max()) < lengths[:, None]
-        ids.append(block_ids.numpy()[is_real])
-        is_content.append(block_mask.numpy()[is_real])
-    return TextTokens(np.concatenate(ids), np.concatenate(is_content), np.concatenate([[0], np.cumsum(n_tokens)]))
+    ids, is_content = table.gather(positions)
+    return TextTokens(ids.numpy(), is_content.numpy(), np.concatenate([[0], np.cumsum(table.n_tokens[positions])]))
 
 
 def check_numbers(what: str, numbers: IntArray, n: int) -> None:

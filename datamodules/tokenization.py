@@ -136,21 +136,18 @@ class TokenTable:
         """The largest token id of all."""
         return max(int(flat.max()) for flat, _ in self._ids if len(flat))
 
-    def gather(self, positions: npt.NDArray[np.int64], length: int) -> tuple[Tensor, Tensor]:
-        """Returns ids int64 and mask bool, both [B, length], of these samples, padded on the right with 0 and False."""
-        ids = torch.zeros(len(positions), length, dtype=torch.int64)
-        mask = torch.zeros(len(positions), length, dtype=torch.bool)
-        ids_array, mask_array = ids.numpy(), mask.numpy()
+    def gather(self, positions: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Returns ids int64 and mask bool, both [T], of these samples' tokens, one sample after the other."""
         table_rows = self.kept[positions]
         chunks = np.searchsorted(self._chunk_start, table_rows, side="right") - 1
         places = table_rows - self._chunk_start[chunks]
-        for row, (chunk, place) in enumerate(zip(chunks.tolist(), places.tolist(), strict=True)):
+        ids, mask = [], []
+        for chunk, place in zip(chunks.tolist(), places.tolist(), strict=True):
             flat, start = self._ids[chunk]
-            n = start[place + 1] - start[place]
-            ids_array[row, :n] = flat[start[place] : start[place + 1]]
-            flat_mask, start = self._masks[chunk]
-            mask_array[row, :n] = flat_mask[start[place] : start[place + 1]]
-        return ids, mask
+            ids.append(flat[start[place] : start[place + 1]])
+            flat, start = self._masks[chunk]
+            mask.append(flat[start[place] : start[place + 1]])
+        return torch.from_numpy(np.concatenate(ids).astype(np.int64)), torch.from_numpy(np.concatenate(mask).astype(np.bool_))
 
     @cached_property
     def _chunk_start(self) -> npt.NDArray[np.int64]:

@@ -28,12 +28,12 @@ from exactivations.lit_modules.language_model import (
 )
 from exactivations.lit_modules.model_facts import length_dependent_rope
 from exactivations.lit_modules.next_tokens import before_the_head
-from exactivations.lit_modules.pooling import pool
-from exactivations.store.batches import ActivationBatch, ActivationSpec, TokenBatch
+from exactivations.lit_modules.pooling import Pooling
+from exactivations.store.batches import ActivationBatch, ActivationSpec, TokenBatch, TokenStep, padded, real_positions, to_device
 from exactivations.store.errors import InvalidInputError
 from exactivations.store.pooling_names import TOKENS, check_pooling
 
-VALUES_VERSION = 1
+VALUES_VERSION = 2
 """Goes up when a change of this package changes the values that it extracts."""
 
 
@@ -194,77 +194,68 @@ class ActivationExtractor(pl.LightningModule):
             refuse_unsafe_right_padding(loaded.model, loaded.hook_points)
             self._tail_is_proved = True
 
-    @torch.no_grad()
-    def on_predict_start(self) -> None:
-        """Runs the heaviest batches of the whole plan once, so that too little memory shows now and not in the night."""
-        data = getattr(self.trainer, "datamodule", None)
-        for batch in data.heaviest_batches() if isinstance(data, TextDataModule) else []:
-            try:
-                self(batch)
-            except torch.cuda.OutOfMemoryError as error:
-                n, length = batch.input_ids.shape
-                remedy = f"lower the token budget (--token-budget) below {n * length}" if n > 1 else "cut it with --max-length"
-                raise InvalidInputError(
-                    f"out of device memory with the heaviest batch of the plan ({n} x {length} tokens): {remedy}. {error}"
-                ) from error
-
-    def predict_step(self, batch: TokenBatch, batch_idx: int = 0) -> ActivationBatch:
-        """Returns `self(batch)`."""
-        out: ActivationBatch = self(batch)
-        return out
-
-    @torch.no_grad()
-    def forward(self, batch: TokenBatch) -> ActivationBatch:
-        """Computes the batch and returns what was asked for at every hook point.
+    def predict_step(self, step: TokenStep, batch_idx: int = 0) -> ActivationBatch:
+        """Computes the batches of a step and returns what was asked for at every hook point, in one piece.
 
         No attention mask is made and no padded position is read. Nothing here waits for the device.
 
         Raises:
-            InvalidInputError: If a hook point was not reached or is not a tensor [B, L, D].
+            InvalidInputError: If a hook point was not reached or is not a tensor [B, L, D], or a batch is too large for the device.
         """
-        loaded = self.load(self.device)
-        host = batch.on_host
-        batch = batch.to(loaded.device)
-        real = _real_positions(host) if host.is_padded else None
-        real_on_device = None if real is None else real.to(loaded.device, non_blocking=True)
-        activations: dict[str, Tensor] = {}
+        try:
+            return self._compute(step)
+        except torch.cuda.OutOfMemoryError as error:
+            raise _too_large(step, error) from error
+
+    def forward(self, batch: TokenBatch) -> ActivationBatch:
+        """Computes one batch; see `predict_step`."""
+        return self._compute(TokenStep.of(batch))
+
+    @torch.no_grad()
+    def _compute(self, step: TokenStep) -> ActivationBatch:
+        loaded, host = self.load(self.device), step.on_host
+        step = step.to(loaded.device)
+        kept = {
+            name: torch.empty(
+                len(host.input_ids if spec.per_token else host.sample_index), spec.width, dtype=spec.dtype, device=loaded.device
+            )
+            for name, spec in self.specs().items()
+        }
+        row = token = 0
+        pools = {name: Pooling(name, host.token_mask, host.n_tokens, loaded.device) for name in self.poolings if name != TOKENS}
 
         def read(name: str, states: Tensor) -> None:
-            if states.ndim != 3 or states.shape[:2] != batch.input_ids.shape:
+            if states.ndim != 3 or states.shape[:2] != input_ids.shape:
                 raise InvalidInputError(
-                    f"hook point {name} has shape {list(states.shape)}, "
-                    f"expected [B, L, D] with [B, L] = {list(batch.input_ids.shape)}"
+                    f"hook point {name} has shape {list(states.shape)}, expected [B, L, D] with [B, L] = {list(input_ids.shape)}"
                 )
             for pooling in self.poolings:
-                if pooling == TOKENS:
-                    rows = states.flatten(0, 1)
-                    rows = (
-                        rows.to(self._out_dtype(loaded), copy=True)
-                        if real_on_device is None
-                        else rows[real_on_device].to(self._out_dtype(loaded))
-                    )
-                    activations[f"{name}/{pooling}"] = rows
+                if pooling != TOKENS:
+                    kept[f"{name}/{pooling}"][row : row + len(states)] = pools[pooling](states, row, token, real)
                 else:
-                    activations[f"{name}/{pooling}"] = pool(states, batch.token_mask, pooling).to(self._out_dtype(loaded))
+                    flat = states.flatten(0, 1)
+                    kept[f"{name}/{TOKENS}"][token : token + n_real] = flat if real is None else flat[real]
 
-        with evaluating(loaded.model), reading(loaded.model, loaded.hook_points, read):
-            loaded.model(input_ids=batch.input_ids, **loaded.arguments)
-        planned = [f"{point.name}/{pooling}" for point in loaded.hook_points for pooling in self.poolings]
-        missing = set(planned) - activations.keys()
-        if missing:
-            raise InvalidInputError(f"the forward pass did not reach {', '.join(sorted(missing))}")
-        flat_ids, flat_mask = host.input_ids.flatten(), host.token_mask.flatten()
-        return ActivationBatch(
-            sample_index=host.sample_index,
-            n_tokens=host.n_tokens,
-            input_ids=flat_ids if real is None else flat_ids[real],
-            token_mask=flat_mask if real is None else flat_mask[real],
-            activations={name: activations[name] for name in planned},
-            place=host.place,
-        )
+        with evaluating(loaded.model), reading(loaded.model, loaded.hook_points, read) as run:
+            for n_rows, width, n_real in step.shapes:
+                real = None
+                if n_real < n_rows * width:
+                    real = to_device(real_positions(host.n_tokens[row : row + n_rows], width), loaded.device)
+                input_ids = padded(step.input_ids[token : token + n_real], n_rows, width, real)
+                run(input_ids=input_ids, **loaded.arguments)
+                row, token = row + n_rows, token + n_real
+        return ActivationBatch(host.sample_index, host.n_tokens, host.input_ids, host.token_mask, kept, host.place)
 
     def _out_dtype(self, loaded: LoadedModel) -> torch.dtype:
         return loaded.model.dtype if self.store_dtype is None else DTYPES[self.store_dtype]
+
+
+def _too_large(step: TokenStep, error: torch.cuda.OutOfMemoryError) -> InvalidInputError:
+    n, length, _ = max(step.shapes, key=lambda shape: shape[0] * shape[1])
+    remedy = f"lower the token budget (--token-budget) below {n * length}" if n > 1 else "cut it with --max-length"
+    return InvalidInputError(
+        f"out of device memory with batches of up to {n} x {length} tokens: {remedy}; what was published stays. {error}"
+    )
 
 
 def check_lengths(model: PreTrainedModel, data: TextDataModule) -> None:
@@ -307,8 +298,8 @@ def _widths(model: PreTrainedModel, points: list[HookPoint], arguments: dict[str
     last = model.get_submodule(f"{blocks}.{len(list(model.get_submodule(blocks).children())) - 1}") if blocks else model
     handle = last.register_forward_hook(lambda *_: last_block_ran.append(True))
     try:
-        with torch.no_grad(), evaluating(model), reading(model, points, read, stop=False):
-            model(input_ids=torch.arange(4, device=model.device)[None], **arguments)
+        with torch.no_grad(), evaluating(model), reading(model, points, read, stop=False) as run:
+            run(input_ids=torch.arange(4, device=model.device)[None], **arguments)
     finally:
         handle.remove()
     for name, found in shapes.items():
@@ -335,8 +326,8 @@ def refuse_random_weights(
     handles = [module.register_forward_pre_hook(lambda module, _: ran.add(module)) for module in set(owners.values())]
     try:
         if owners:
-            with torch.no_grad(), evaluating(model), reading(model, points, lambda *_: None):
-                model(input_ids=torch.arange(4, device=model.device)[None], **arguments)
+            with torch.no_grad(), evaluating(model), reading(model, points, lambda *_: None) as run:
+                run(input_ids=torch.arange(4, device=model.device)[None], **arguments)
     finally:
         for handle in handles:
             handle.remove()
@@ -347,9 +338,3 @@ def refuse_random_weights(
             f"the checkpoint lacks {', '.join(used[:3])}{more}, which {type(model).__name__} needs up to the deepest hook point: "
             "they would be random, and other ones each time. The checkpoint is not whole, or belongs to another architecture"
         )
-
-
-def _real_positions(batch: TokenBatch) -> Tensor:
-    """Returns the places of real tokens in the flattened [B, L], row after row."""
-    is_real = torch.arange(batch.input_ids.shape[1]) < batch.n_tokens[:, None]
-    return is_real.flatten().nonzero()[:, 0]

@@ -221,13 +221,16 @@ class _AllRead(Exception):  # not an error: it ends a forward pass whose rest no
 @contextmanager
 def reading(
     model: nn.Module, hook_points: list[HookPoint], read: Callable[[str, Tensor], None], *, stop: bool = True
-) -> Iterator[None]:
-    """Calls `read(name, state)` with the state [B, L, D] at each hook point of the forward pass inside the `with` block.
+) -> Iterator[Callable[..., None]]:
+    """Gives a function that runs the model, as often as it is called, and `read(name, state [B, L, D])` at each hook point.
 
-    With `stop`, the forward pass ends once every hook point was read: what comes after it is not computed. All hooks are
+    With `stop`, a forward pass ends once every hook point was read: what comes after it is not computed. All hooks are
     removed on leaving, whatever happened. `read` gets the model's own tensor: what it wants to keep unchanged it must copy.
+
+    Raises:
+        InvalidInputError: By the function, if there is no tensor at a hook point; with `stop`, also if one was not reached.
     """
-    waiting = {point.name for point in hook_points}
+    names, waiting = [point.name for point in hook_points], set[str]()
 
     def hook_for(point: HookPoint) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
@@ -238,6 +241,13 @@ def reading(
 
         return hook
 
+    def run(*args: Any, **kwargs: Any) -> None:
+        waiting.update(names)
+        with suppress(_AllRead):
+            model(*args, **kwargs)
+        if stop and waiting:
+            raise InvalidInputError(f"the forward pass did not reach {', '.join(sorted(waiting))}")
+
     handles = []
     try:
         for point in hook_points:
@@ -246,8 +256,7 @@ def reading(
                 handles.append(module.register_forward_pre_hook(hook_for(point), with_kwargs=True))
             else:
                 handles.append(module.register_forward_hook(hook_for(point), with_kwargs=True))
-        with suppress(_AllRead):
-            yield
+        yield run
     finally:
         for handle in handles:
             handle.remove()

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from exactivations.datamodules.examples import IntArray
-from exactivations.datamodules.text import PlannedBatches, TextDataModule
+from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.extraction import ActivationExtractor, check_lengths
 from exactivations.store.batches import ActivationBatch
 from exactivations.store.finite import refuse_not_finite
 
 
 def live_batches(extractor: ActivationExtractor, data: TextDataModule, device: str = "cpu") -> Iterator[ActivationBatch]:
-    """Yields the activations of all samples of some data, on the host, in the batches of their plan.
+    """Yields the activations of all samples of some data, on the host, in the steps of their plan.
 
     Raises:
         InvalidInputError: If the data does not fit the model; see `check_lengths`.
@@ -25,9 +25,9 @@ def live_batches(extractor: ActivationExtractor, data: TextDataModule, device: s
     """
     data.setup()
     check_lengths(extractor.load(device).model, data)
-    batches = PlannedBatches(data.tokens, data.plan, list(range(data.plan.n_shards)))
-    for number in range(len(batches)):
-        out = extractor(batches[number])
+    steps = data.steps_of(list(range(data.plan.n_shards)))
+    for number in range(len(steps)):
+        out = extractor.predict_step(steps[number])
         out = replace(out, activations={name: values.cpu() for name, values in out.activations.items()})
         refuse_not_finite(out)
         yield out

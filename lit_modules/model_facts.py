@@ -46,9 +46,9 @@ def read_states(model: PreTrainedModel, hook_points: list[HookPoint], dtype: tor
         found[name] = state.detach().to("cpu", copy=True)
 
     on_device = {name: value.to(model.device) for name, value in arguments.items()}
-    with torch.no_grad(), evaluating(model), computing_in(model, dtype), reading(model, hook_points, read, stop=False):
+    with torch.no_grad(), evaluating(model), computing_in(model, dtype), reading(model, hook_points, read, stop=False) as run:
         try:
-            model(**on_device, **forward_arguments(model))
+            run(**on_device, **forward_arguments(model))
         except (ValueError, IndexError, TypeError, RuntimeError) as error:
             if is_ours_or_the_machines(error):
                 raise

@@ -4,39 +4,95 @@ Every pooling counts only the tokens that the mask marks, computes in float32, a
 """
 
 import math
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from exactivations.store.batches import padded, to_device
 from exactivations.store.pooling_names import half_life_of
 
 
-def pool(states: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"], name: str) -> Float[Tensor, "b d"]:
-    """Pools the states of each row over the tokens that its mask marks. Never waits for the device.
+class Pooling:
+    """One pooling of the rows of several batches, prepared from their masks once for all hook points and batches.
 
     - `last`, `first`: the state of the last or first marked token.
     - `mean`, `max`: over the marked tokens.
     - `exp_decay:f`: weights proportional to exp(-ln 2 * i / (f * n)), i = 0 for the last of the n marked tokens.
 
-    Returns:
-        Float32 [B, D]. A row without a marked token gives NaN (mean, exp_decay), -inf (max) or the state of some other token
-        (last, first): the data module refuses such samples, so that there are none here.
+    A row without a marked token gives NaN (mean, exp_decay), -inf (max) or the state of its first token (last, first): the data
+    module refuses such samples, so that there are none here.
+
+    Args:
+        name: Of the pooling.
+        token_mask: bool [T] on the host, which tokens of all rows are marked, one row after the other.
+        n_tokens: int64 [B] on the host, at least 1.
+        device: Where the states are. What is copied there is copied without waiting for it.
 
     Raises:
         InvalidInputError: If there is no such pooling.
     """
-    if name in ("last", "first"):
-        order = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        position = (mask * (order if name == "last" else order.flip(0))).argmax(dim=1)
-        return states[torch.arange(len(states), device=states.device), position].float()
-    if name == "max":
-        return states.float().masked_fill(~mask[:, :, None], -torch.inf).amax(dim=1)
-    weights = mask.float() if name == "mean" else _decay(mask, half_life_of(name))
-    return torch.einsum("bl,bld->bd", weights / weights.sum(dim=1, keepdim=True), states.float())
+
+    def __init__(self, name: str, token_mask: Bool[Tensor, " t"], n_tokens: Int64[Tensor, " b"], device: torch.device) -> None:
+        self._name = name
+        marked, lengths = token_mask.numpy(), n_tokens.numpy()
+        start = np.cumsum(lengths) - lengths
+        if name in ("last", "first"):
+            # of unmarked tokens a place that neither the largest nor the smallest can be
+            place = np.arange(len(marked)) - np.repeat(start, lengths)
+            ends = (
+                np.maximum.reduceat(np.where(marked, place, 0), start)
+                if name == "last"
+                else np.minimum.reduceat(np.where(marked, place, len(marked)), start) % len(marked)
+            )
+            self._of_row = to_device(torch.from_numpy(ends), device)
+        elif name == "max":
+            self._of_token = to_device(token_mask, device)
+        else:
+            self._of_token = to_device(torch.from_numpy(_weights(name, marked, start, lengths)), device)
+
+    def __call__(
+        self, states: Float[Tensor, "b l d"], row: int, token: int, real: Int64[Tensor, " t"] | None = None
+    ) -> Float[Tensor, "b d"]:
+        """Pools the states of a batch over marked tokens, in float32.
+
+        Args:
+            states: On the device.
+            row: Number of the batch's first row.
+            token: Number of its first token.
+            real: Its `real_positions` on the device, if it is padded.
+        """
+        n_rows, width = states.shape[:2]
+        if self._name in ("last", "first"):
+            return states[torch.arange(n_rows, device=states.device), self._of_row[row : row + n_rows]].float()
+        n_real = n_rows * width if real is None else len(real)
+        of_token = padded(self._of_token[token : token + n_real], n_rows, width, real)
+        if self._name == "max":
+            return states.float().masked_fill(~of_token[:, :, None], -torch.inf).amax(dim=1)
+        return torch.bmm(of_token[:, None], states.float())[:, 0]
 
 
-def _decay(mask: Bool[Tensor, "b l"], half_life: float) -> Float[Tensor, "b l"]:
-    n = mask.sum(dim=1, keepdim=True)
-    from_the_end = n - mask.cumsum(dim=1)  # 0 for the last marked token
-    return torch.where(mask, torch.exp(-math.log(2) * from_the_end / (half_life * n)), 0.0)
+def pool(states: Float[Tensor, "b l d"], mask: Bool[Tensor, "b l"], name: str) -> Float[Tensor, "b d"]:
+    """Pools the states of each row over the tokens that its mask marks; see `Pooling`."""
+    rows, length = mask.shape
+    return Pooling(name, mask.flatten().cpu(), torch.full((rows,), length), states.device)(states, 0, 0)
+
+
+def _weights(
+    name: str, marked: npt.NDArray[np.bool_], start: npt.NDArray[Any], lengths: npt.NDArray[Any]
+) -> npt.NDArray[np.float32]:
+    """Returns the weight of each token in its row: they sum to 1, or are NaN where none is marked."""
+    until = np.cumsum(marked)  # marked tokens up to here, over all rows
+    before = until[start] - marked[start]
+    n = np.repeat(until[start + lengths - 1] - before, lengths)
+    if name == "mean":
+        weights = marked.astype(np.float64)
+    else:
+        from_the_end = n - (until - np.repeat(before, lengths))  # 0 for the last marked token
+        weights = np.where(marked, np.exp(-math.log(2) * from_the_end / (half_life_of(name) * np.maximum(n, 1))), 0.0)
+    with np.errstate(invalid="ignore"):
+        shares: npt.NDArray[np.float32] = (weights / np.repeat(np.add.reduceat(weights, start), lengths)).astype(np.float32)
+    return shares

@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor
 
 from exactivations.store.errors import CorruptShardError, IncompleteStoreError, InvalidInputError, StoreError
+from exactivations.store.row_bytes import row_bytes
 from exactivations.store.run_folder import SAMPLES_FILE, RunFolder, places_of_shards
 from exactivations.store.shard import verify_shard
 from exactivations.store.verification import refuse_unverified
@@ -189,7 +190,7 @@ class ActivationStore:
         spec = self.info.activations[name]
         out = torch.empty(len(self), spec["width"], dtype=getattr(torch, spec["dtype"]))
         for shard, positions in self._positions.items():
-            out[torch.from_numpy(positions)] = self._tensors(shard)[name]
+            row_bytes(out)[positions] = row_bytes(self._tensors(shard)[name])
         return out
 
     def tokens(self, hook_point: str, block_tokens: int = 65536) -> Iterator[TokenBlock]:
@@ -269,11 +270,11 @@ class ActivationStore:
             self._first_token[position] + numbers - self.token_start[position] if per_token else self._row[numbers].astype(np.int64)
         )
         shard = self._shard[position]
-        order = np.lexsort((row, shard))
+        order = np.argsort(shard.astype(np.int64) << 40 | row)  # by shard, and in it as the rows lie there
         starts = np.flatnonzero(np.diff(shard[order], prepend=-1))
         out = torch.empty(len(numbers), *shape, dtype=dtype)
         for chosen in np.split(order, starts)[1:]:  # what is before the first start is nothing
-            out[torch.from_numpy(chosen)] = self._tensors(int(shard[chosen[0]]))[name][torch.from_numpy(row[chosen])]
+            row_bytes(out)[chosen] = row_bytes(self._tensors(int(shard[chosen[0]]))[name])[row[chosen]]
         return out
 
     @cached_property

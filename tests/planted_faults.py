@@ -14,6 +14,7 @@ from pathlib import Path
 from unittest import mock
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -94,14 +95,28 @@ def run(folder: Path, extractor: ActivationExtractor, data: TextDataModule, chec
     return truth
 
 
-class Faulty(ActivationExtractor):
+IDENTITY = ("sample_index", "n_tokens", "input_ids", "token_mask")
+
+
+class BatchByBatch(ActivationExtractor):
+    """An extractor of which a subclass changes what becomes of a batch."""
+
+    def predict_step(self, step, batch_idx=0):
+        parts = [self(batch) for batch in step.batches()]
+        whole = {name: torch.cat([getattr(part, name) for part in parts]) for name in IDENTITY}
+        rows = {name: torch.cat([part.activations[name] for part in parts]) for name in parts[0].activations}
+        return ActivationBatch(**whole, activations=rows, place=step.place)
+
+
+class Faulty(BatchByBatch):
     """An extractor whose states come from a batch that a subclass made, and whose rows a subclass may spoil."""
 
     def forward(self, batch):
         loaded, states = self.load(self.device), {}
         ids, arguments, real = self.inputs(batch)
-        with evaluating(loaded.model), reading(loaded.model, loaded.hook_points, lambda n, x: states.update({n: x}), stop=False):
-            loaded.model(input_ids=ids, **loaded.arguments, **arguments)
+        keep = lambda name, state: states.update({name: state})  # noqa: E731
+        with evaluating(loaded.model), reading(loaded.model, loaded.hook_points, keep, stop=False) as run:
+            run(input_ids=ids, **loaded.arguments, **arguments)
         activations = {}
         for name, state in states.items():
             activations[f"{name}/tokens"] = state[:, real].flatten(0, 1)
@@ -281,8 +296,8 @@ def shifted_after_a_skipped_sample(folder, family, dtype):
     rows[11] = ""
     gather = TokenTable.gather
 
-    def off_by_one(self, positions, length):
-        return gather(self, (positions + (positions >= 11)).clip(max=len(self) - 1), length)
+    def off_by_one(self, positions):
+        return gather(self, (positions + (positions >= 11)).clip(max=len(self) - 1))
 
     with mock.patch.object(TokenTable, "gather", off_by_one):  # no token rows, whose ids would tell at once
         run(folder, extractor_of(family, dtype, poolings=["mean", "last"]), data_of(rows, on_empty="skip"))
@@ -291,11 +306,11 @@ def shifted_after_a_skipped_sample(folder, family, dtype):
 def stale_mask(folder, family, dtype):
     gather = TokenTable.gather
 
-    def with_another_mask(self, positions, length):
-        ids, mask = gather(self, positions, length)
-        other = torch.rand(mask.shape, generator=torch.Generator().manual_seed(length)) < 0.5
-        other[:, 0] = True
-        return ids, other & (torch.arange(length) < torch.from_numpy(self.n_tokens[positions])[:, None])
+    def with_another_mask(self, positions):
+        ids, mask = gather(self, positions)
+        other = torch.rand(mask.shape, generator=torch.Generator().manual_seed(len(mask))) < 0.5
+        other[np.cumsum(self.n_tokens[positions]) - self.n_tokens[positions]] = True  # the first token of each sample
+        return ids, other
 
     with mock.patch.object(TokenTable, "gather", with_another_mask):  # no token rows, whose masks would tell at once
         run(folder, extractor_of(family, dtype, poolings=["mean", "last"]), data_of(texts()))

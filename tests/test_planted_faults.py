@@ -10,7 +10,19 @@ from exactivations.store import ActivationStore
 from exactivations.store.errors import VerificationError
 
 from .lit_modules.models import CAUSAL, CONFIGS
-from .planted_faults import DTYPES, POOLINGS, ZOO, LeftPaddedWithoutPositions, caught, data_of, extractor_of, model_of, run, texts
+from .planted_faults import (
+    DTYPES,
+    POOLINGS,
+    ZOO,
+    BatchByBatch,
+    LeftPaddedWithoutPositions,
+    caught,
+    data_of,
+    extractor_of,
+    model_of,
+    run,
+    texts,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +62,7 @@ def test_left_padding_with_a_mask_harms_no_rotary_model_and_raises_no_alarm(tmp_
     assert check.verification.passed
 
 
-class TiesTipOver(ActivationExtractor):
+class TiesTipOver(BatchByBatch):
     """A mixture of experts whose second router tips over in batches of half precision."""
 
     def forward(self, batch):

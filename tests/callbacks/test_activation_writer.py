@@ -236,8 +236,8 @@ def thread_and_batches(tmp_path, predict, parts):
     extractor.load()
     copies = [
         HostCopy(extractor(batch), wait=lambda: None, release=lambda: None)
-        for shard in range(data.plan.n_shards)
-        for batch in [data.predict_dataloader().dataset.batch(number) for number in data.plan.batches_of(shard)]
+        for step in data.steps_of(list(range(data.plan.n_shards)))
+        for batch in step.batches()
     ]
     thread = WriterThread(writer.folder, writer.info, data.plan, extractor.specs())
     yield thread, copies
@@ -324,3 +324,28 @@ def test_a_buffer_is_given_back_only_after_its_batch_was_read(thread_and_batches
         assert time.monotonic() < deadline
         time.sleep(0.01)
     assert events == [(what, n) for n in range(3) for what in ("wait", "release")]
+
+
+def test_the_thread_that_writes_computes_alone_and_leaves_the_setting_of_others_as_it_was(thread_and_batches, monkeypatch):
+    """With helpers of its own there would be more OpenMP threads than cores, and the model's would sleep between operations."""
+    thread, copies = thread_and_batches
+    found, take = [], thread._take
+    monkeypatch.setattr(thread, "_take", lambda copy: (found.append(torch.get_num_threads()), take(copy)))
+    before = torch.get_num_threads()
+    for copy in copies:
+        thread.put(copy)
+    thread.finish()
+    assert set(found) == {1} and torch.get_num_threads() == before
+
+
+def test_starting_a_writer_changes_no_other_threads_setting(tmp_path, predict):
+    torch.set_num_threads(3)
+    try:
+        predict(tmp_path / "run", extractor=None)
+        inside = []
+        other = threading.Thread(target=lambda: inside.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+    finally:
+        torch.set_num_threads(1)
+    assert inside == [1]  # the extractor's own cpu_threads

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from exactivations.callbacks.completion_writer import CompletionWriter
 from exactivations.datamodules.completions import open_completions
+from exactivations.datamodules.plan import PlanOptions
 from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.amplification import AmplifyOptions, LogitDiffAmplifier
 from exactivations.scripts.main import main
@@ -122,12 +123,12 @@ def test_a_module_that_completes_nothing_and_a_shard_that_was_not_filled_are_ref
     extractor, data = parts()
     with pytest.raises(InvalidInputError, match="works with a LogitDiffAmplifier and a TextDataModule, got ActivationExtractor"):
         predict(tmp_path / "run", writer=CompletionWriter(tmp_path / "run"), extractor=extractor, data=data)
-    data = TextDataModule(str(texts_path), pair[1], num_samples=20)
+    data = TextDataModule(str(texts_path), pair[1], num_samples=20, plan_options=PlanOptions(token_budget=48))
     loader, data.predict_dataloader = data.predict_dataloader, lambda: DataLoader(list(loader())[1:], batch_size=None)
     with pytest.raises(StoreError, match="shard 0 was not filled"):
         predict(tmp_path / "run", writer=CompletionWriter(tmp_path / "run"), extractor=amplifier(pair), data=data)
     assert stamps(tmp_path / "run") == {}
     started = time.monotonic()
-    data = TextDataModule(str(texts_path), pair[1], num_samples=20)
+    data = TextDataModule(str(texts_path), pair[1], num_samples=20, plan_options=PlanOptions(token_budget=48))
     predict(tmp_path / "run", writer=CompletionWriter(tmp_path / "run"), extractor=amplifier(pair), data=data)
     assert time.monotonic() - started < 9  # the folder was given back: nobody waits for its lock

@@ -16,15 +16,15 @@ from .conftest import stamps, wait_for_shards
 
 SPOIL = """
 import exactivations.lit_modules.extraction as extraction
-forward = extraction.ActivationExtractor.forward
-def spoiled(self, batch):
-    out = forward(self, batch)
-    if os.environ.get("LOCAL_RANK", "0") == {rank!r} and batch.place is not None:
+predict_step = extraction.ActivationExtractor.predict_step
+def spoiled(self, step, batch_idx=0):
+    out = predict_step(self, step, batch_idx)
+    if os.environ.get("LOCAL_RANK", "0") == {rank!r}:
         for name, values in out.activations.items():
             if name.endswith("/mean"):
                 out.activations[name] = values.roll(1, dims=1)
     return out
-extraction.ActivationExtractor.forward = spoiled
+extraction.ActivationExtractor.predict_step = spoiled
 """
 
 

@@ -149,8 +149,8 @@ def test_only_witnesses_rows_are_kept_and_the_folder_says_what_it_is(tmp_path, p
 
 def test_a_witness_that_is_not_what_its_text_gives_fails_the_run_and_no_means_are_written(tmp_path, predict, parts):
     class Mixed(type(parts()[0])):
-        def forward(self, batch):
-            out = super().forward(batch)
+        def predict_step(self, step, batch_idx=0):
+            out = super().predict_step(step, batch_idx)
             for values in out.activations.values():
                 values[:] = values.flip(0)
             return out

@@ -65,13 +65,13 @@ def test_the_time_left_follows_the_predicted_cost_and_not_the_number_of_batches(
     progress, left = TokenProgress(), []
     progress.on_predict_start(trainer, None)
     progress._bar.set_postfix_str = lambda text, refresh: left.append(text)
-    clock.now += 100  # the trial of the heaviest batches, which comes before the first batch, does not count
+    clock.now += 100  # what comes before the first step does not count
     progress.on_predict_batch_start(trainer, None, None, 0)
     for seconds, tokens in ((12, 50), (6, 30), (2, 10)):
         clock.now += seconds
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         out = ActivationBatch(torch.tensor([0]), torch.tensor([tokens]), ids[0], ids[0].bool(), {})
-        progress.on_predict_batch_end(trainer, None, out, SimpleNamespace(input_ids=ids), 0)
+        progress.on_predict_batch_end(trainer, None, out, SimpleNamespace(shapes=((1, tokens, tokens),), computed_tokens=tokens), 0)
     progress.on_predict_end(trainer, None)
     assert left == ["00:08 left", "00:02 left", "00:00 left"]
     assert progress.n_tokens == 90 and progress.seconds == 20

@@ -228,17 +228,33 @@ def test_places_in_the_store_agree_with_counting(lengths, options):
 
 @anything
 @settings(deadline=None)
-def test_widths_tokens_and_the_heaviest_batch_agree_with_counting(lengths, options):
+def test_widths_and_tokens_agree_with_counting_and_the_heaviest_batches_come_first(lengths, options):
     planned = plan(lengths, options)
     widths = [max(lengths[s] for s in batch) for batch in batches_of(planned)]
     tokens = [width * len(batch) for width, batch in zip(widths, batches_of(planned), strict=True)]
     assert planned.batch_length.tolist() == widths
     assert planned.batch_tokens.tolist() == tokens
     squares = [n * width for n, width in zip(tokens, widths, strict=True)]
-    heaviest = planned.heaviest_batches
-    assert max(tokens[i] for i in heaviest) == max(tokens)
-    assert max(squares[i] for i in heaviest) == max(squares)
-    assert len(heaviest) <= 2
+    first_two = [batch for shard in planned.assign(1)[0][:2] for batch in planned.batches_of(shard)]
+    assert max(tokens[i] for i in first_two) == max(tokens)
+    assert max(squares[i] for i in first_two) == max(squares)
+
+
+@anything
+@settings(deadline=None)
+def test_steps_are_all_batches_in_order_within_one_shard_and_the_budget(lengths, options):
+    planned = plan(lengths, options)
+    shards = planned.assign(1)[0]
+    steps = planned.steps(shards, options.token_budget)
+    assert [batch for step in steps for batch in step] == [batch for shard in shards for batch in planned.batches_of(shard)]
+    sizes = [int(planned.batch_tokens[step.start : step.stop].sum()) for step in steps]
+    assert all(len(step) == 1 or size <= options.token_budget for step, size in zip(steps, sizes, strict=True))
+    of_shard = [{planned.place(batch)[0] for batch in step} for step in steps]
+    assert all(len(shards) == 1 for shards in of_shard)
+    for (one, size), (other, shard), (_, before) in zip(  # none could have taken one batch more
+        zip(steps, sizes, strict=True), zip(steps[1:], of_shard[1:], strict=True), zip(steps, of_shard, strict=True), strict=False
+    ):
+        assert shard != before or size + int(planned.batch_tokens[other.start]) > options.token_budget, one
 
 
 @given(lengths=lengths_strategy, options=options_strategy, world_size=st.integers(1, 8))

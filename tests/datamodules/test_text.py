@@ -39,6 +39,10 @@ def make(source, tokenizer, **options) -> TextDataModule:
     return data
 
 
+def batches_of(data):
+    return [batch for step in data.predict_dataloader() for batch in step.batches()]
+
+
 def check_against_texts(batches, texts, tokenizer) -> Counter:
     """Holds every row of the batches against the tokenizer; returns how often each sample was seen."""
     seen = Counter()
@@ -59,7 +63,7 @@ def check_against_texts(batches, texts, tokenizer) -> Counter:
 @pytest.mark.parametrize("padding", ["none", "tail"])
 def test_every_row_of_every_batch_is_the_sample_that_it_says(word_tokenizer, padding):
     data = make(TEXTS, word_tokenizer, plan_options=PlanOptions(64, 256, padding, 0.2))
-    batches = list(data.predict_dataloader())  # without a trainer
+    batches = batches_of(data)  # without a trainer
     assert check_against_texts(batches, TEXTS, word_tokenizer) == Counter(range(len(TEXTS)))
     assert any(batch.is_padded for batch in batches) == (padding == "tail")
 
@@ -67,7 +71,7 @@ def test_every_row_of_every_batch_is_the_sample_that_it_says(word_tokenizer, pad
 def test_places_of_batches_and_the_samples_table_agree(word_tokenizer):
     data = make(TEXTS, word_tokenizer)
     samples = data.samples.to_pylist()
-    for batch in data.predict_dataloader():
+    for batch in batches_of(data):
         first_token = sum(
             row["n_tokens"] for row in samples if row["shard"] == batch.place.shard and row["row"] < batch.place.first_row
         )
@@ -81,7 +85,7 @@ def test_ranks_cover_all_samples_once_whatever_their_number(word_tokenizer, worl
     seen, data = Counter(), make(TEXTS, word_tokenizer)
     for rank in range(world_size):
         data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
-        seen += check_against_texts(data.predict_dataloader(), TEXTS, word_tokenizer)
+        seen += check_against_texts(batches_of(data), TEXTS, word_tokenizer)
     assert seen == Counter(range(len(TEXTS)))
 
 
@@ -91,7 +95,7 @@ def test_shards_that_exist_are_left_out(word_tokenizer):
     data.skip_shards = frozenset({0, 3})
     seen = {shard for rank in range(2) for shard in data.shards_of(rank, 2)}
     assert seen == set(range(data.plan.n_shards)) - {0, 3}
-    places = {batch.place.shard for batch in data.predict_dataloader()}
+    places = {batch.place.shard for batch in batches_of(data)}
     assert places == seen
     data.skip_shards = frozenset(range(data.plan.n_shards))
     assert list(data.predict_dataloader()) == []
@@ -143,7 +147,7 @@ def test_a_part_of_the_samples_keeps_its_indices_and_columns(word_tokenizer, lab
     assert indices == sorted(indices)
     assert (indices == list(range(50))) == (seed is None)
     assert table["text"].to_pylist() == [TEXTS[i] for i in indices]
-    assert check_against_texts(data.predict_dataloader(), TEXTS, word_tokenizer) == Counter(indices)
+    assert check_against_texts(batches_of(data), TEXTS, word_tokenizer) == Counter(indices)
     again = make(labelled, word_tokenizer, num_samples=50, sample_seed=seed)
     assert again.samples.equals(table)
     assert again.identity() == data.identity()
@@ -180,7 +184,7 @@ def test_skipped_samples_leave_the_others_their_indices_and_columns(word_tokeniz
     assert data.tokens.skipped == [i for i in data.selected.tolist() if i % 10 == 3]
     assert data.samples["sample_index"].to_pylist() == kept
     assert data.samples["label"].to_pylist() == [i % 3 for i in kept]
-    assert check_against_texts(data.predict_dataloader(), texts, word_tokenizer) == Counter(kept)
+    assert check_against_texts(batches_of(data), texts, word_tokenizer) == Counter(kept)
 
 
 def test_truncation_is_recorded_by_sample(word_tokenizer):
@@ -191,8 +195,8 @@ def test_truncation_is_recorded_by_sample(word_tokenizer):
 
 
 def test_workers_give_the_same_batches_in_the_same_order(word_tokenizer):
-    alone = list(make(TEXTS, word_tokenizer).predict_dataloader())
-    by_workers = list(make(TEXTS, word_tokenizer, num_workers=2).predict_dataloader())
+    alone = batches_of(make(TEXTS, word_tokenizer))
+    by_workers = batches_of(make(TEXTS, word_tokenizer, num_workers=2))
     assert len(alone) == len(by_workers)
     for one, other in zip(alone, by_workers, strict=True):
         assert one.place == other.place
@@ -208,12 +212,6 @@ def test_the_loader_gives_lightning_nothing_to_rebuild(word_tokenizer):
     assert data.allow_zero_length_dataloader_with_multiple_devices  # a rank without shards is ordinary
 
 
-def test_the_heaviest_batch_has_the_most_tokens_of_all(word_tokenizer):
-    data = make(TEXTS, word_tokenizer)
-    sizes = [batch.input_ids.numel() for batch in data.predict_dataloader()]
-    assert max(batch.input_ids.numel() for batch in data.heaviest_batches()) == max(sizes)
-
-
 def test_a_dataset_with_a_format_or_in_another_order_is_read_as_it_is_given(word_tokenizer, labelled):
     order = np.random.default_rng(0).permutation(len(TEXTS))
     shuffled = labelled.select(order).with_format("numpy", columns=["label"])
@@ -221,7 +219,7 @@ def test_a_dataset_with_a_format_or_in_another_order_is_read_as_it_is_given(word
     texts = [TEXTS[i] for i in order]
     assert data.samples["text"].to_pylist() == texts
     assert data.samples["label"].to_pylist() == (order % 3).tolist()
-    assert check_against_texts(data.predict_dataloader(), texts, word_tokenizer) == Counter(range(len(TEXTS)))
+    assert check_against_texts(batches_of(data), texts, word_tokenizer) == Counter(range(len(TEXTS)))
 
 
 def test_the_identity_changes_with_whatever_decides_the_values_and_with_nothing_else(word_tokenizer, labelled):
@@ -262,7 +260,7 @@ def test_a_tokenizer_is_loaded_by_its_path_and_one_that_is_not_there_is_refused(
 
 def test_the_embedded_tokenizer_is_called_demo():
     data = make(["def f(x):\n    return x + 1\n"], "demo")
-    assert data.tokenizer.decode(next(iter(data.predict_dataloader())).input_ids[0]) == "def f(x):\n    return x + 1\n"
+    assert data.tokenizer.decode(batches_of(data)[0].input_ids[0]) == "def f(x):\n    return x + 1\n"
 
 
 def test_messages_with_the_assistants_tokens_marked_arrive_in_batches(word_tokenizer):
@@ -272,6 +270,6 @@ def test_messages_with_the_assistants_tokens_marked_arrive_in_batches(word_token
     chats = [[{"role": "user", "content": text}, {"role": "assistant", "content": "a b"}] for text in TEXTS[:50]]
     source = datasets.Dataset.from_dict({"messages": chats}).with_format("numpy")
     data = make(source, word_tokenizer, text=TextOptions(messages_column="messages", token_mask="assistant"))
-    for batch in data.predict_dataloader():
+    for batch in batches_of(data):
         assert batch.token_mask.sum(1).tolist() == [2] * len(batch.sample_index)
         assert batch.input_ids[batch.token_mask].tolist() == [5, 6] * len(batch.sample_index)

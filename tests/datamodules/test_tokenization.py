@@ -30,8 +30,8 @@ def table_of_chats(chats, tokenizer, **options) -> TokenTable:
 def rows_of(table: TokenTable) -> list[tuple[list[int], list[bool]]]:
     rows = []
     for position in range(len(table)):
-        ids, mask = table.gather(np.array([position]), int(table.n_tokens[position]))
-        rows.append((ids[0].tolist(), mask[0].tolist()))
+        ids, mask = table.gather(np.array([position]))
+        rows.append((ids.tolist(), mask.tolist()))
     return rows
 
 
@@ -304,12 +304,11 @@ def test_rows_are_found_across_the_chunks_of_the_table(word_tokenizer):
     assert table.rows.column("input_ids").num_chunks > 2
     rng = np.random.default_rng(1)
     for positions in [np.array([0, 998, 999, 1000, 1001, 1997, 1998, 2342]), rng.permutation(len(table))[:300]]:
-        ids, mask = table.gather(positions, 20)
+        ids, mask = table.gather(positions)
         assert (ids.dtype, mask.dtype) == (torch.int64, torch.bool)
-        for row, row_mask, index in zip(ids.tolist(), mask.tolist(), table.sample_index[positions], strict=True):
-            expected = word_tokenizer(texts[index])["input_ids"]
-            assert row == expected + [0] * (20 - len(expected))
-            assert row_mask == [False] + [True] * (len(expected) - 2) + [False] * (20 - len(expected) + 1)
+        expected = [word_tokenizer(texts[index])["input_ids"] for index in table.sample_index[positions]]
+        assert ids.tolist() == [token for row in expected for token in row]
+        assert mask.tolist() == [0 < i < len(row) - 1 for row in expected for i in range(len(row))]
 
 
 def test_slices_of_a_table_are_read_right(word_tokenizer):

@@ -1,0 +1,35 @@
+"""TransformerLens: `run_with_cache` of its bridge over batches of 32 in dataset order, naming the two hook points."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.speed.cases import Case, Outputs, Round, gathered, pooled_states
+
+
+def prepare(case: Case) -> Round:
+    """Wraps the model; a round runs all texts."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM
+
+    ids, tokenizer = case.token_ids(), case.tokenizer()
+    whole = AutoModelForCausalLM.from_pretrained(case.model_path, dtype=torch.float32)
+    model: Any = TransformerBridge.boot_transformers(case.model_path, hf_model=whole, tokenizer=tokenizer, device="cpu")
+    names = {block: f"blocks.{block}.hook_resid_post" for block in case.blocks}
+
+    @torch.inference_mode()
+    def run() -> list[tuple[list[int], dict[str, Tensor]]]:
+        found = []
+        for start in range(0, case.n, 32):
+            samples = list(range(start, min(start + 32, case.n)))
+            batch = tokenizer.pad({"input_ids": [ids[i] for i in samples]}, return_tensors="pt")
+            mask = batch["attention_mask"]
+            _, cache = model.run_with_cache(batch["input_ids"], attention_mask=mask, names_filter=list(names.values()))
+            found.append((samples, pooled_states({str(block): cache[name] for block, name in names.items()}, mask)))
+        return found
+
+    def outputs(found: list[tuple[list[int], dict[str, Tensor]]]) -> Outputs:
+        return gathered(found, case.n)
+
+    return Round(run, outputs)

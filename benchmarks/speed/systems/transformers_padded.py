@@ -1,0 +1,47 @@
+"""transformers as most scripts use it: batches of 32, padded on the right, with an attention mask; hooks on the blocks.
+
+Variants: in dataset order, sorted by length, or one by one (which needs no padding, and is what the others are held against).
+"""
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.speed.cases import Case, Outputs, Round, gathered, pooled_states, tokens_gathered
+
+
+def prepare(case: Case, *, sort: bool = False, size: int = 32) -> Round:
+    """Loads the model and tokenizes; a round pads, computes and pools."""
+    model, tokenizer, ids = case.load(), case.tokenizer(), case.token_ids()
+    order = sorted(range(case.n), key=lambda i: -len(ids[i])) if sort else list(range(case.n))
+
+    hooked = {str(block): model.layers[block] for block in case.blocks}
+    if size == 1 and case.wanted == "pooled":
+        hooked["final_norm"] = model.final_layer_norm
+
+    @torch.inference_mode()
+    def run() -> list[tuple[list[int], dict[str, Tensor]]]:
+        found, states = [], {}
+        with ExitStack() as hooks:
+            for name, module in hooked.items():
+
+                def keep(module: Any, args: Any, output: Any, name: str = name) -> None:
+                    states[name] = output
+
+                hooks.callback(module.register_forward_hook(keep).remove)
+            for start in range(0, case.n, size):
+                samples = order[start : start + size]
+                batch = tokenizer.pad({"input_ids": [ids[i] for i in samples]}, return_tensors="pt")
+                model(**({"input_ids": batch["input_ids"]} if size == 1 else batch), use_cache=False)
+                if case.wanted == "pooled":
+                    found.append((samples, pooled_states(states, batch["attention_mask"])))
+                else:
+                    found.append((samples, {f"{name}/tokens": state for name, state in states.items()}))
+        return found
+
+    def outputs(found: list[tuple[list[int], dict[str, Tensor]]]) -> Outputs:
+        return gathered(found, case.n) if case.wanted == "pooled" else tokens_gathered(found, [len(row) for row in ids])
+
+    return Round(run, outputs)
