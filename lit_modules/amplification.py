@@ -18,7 +18,7 @@ from exactivations.lit_modules.extraction import check_lengths
 from exactivations.lit_modules.language_model import ModelOptions, load_model
 from exactivations.lit_modules.model_pair import ModelPair
 from exactivations.lit_modules.row_sampling import RowSampling, row_seed
-from exactivations.store.batches import Place, TokenBatch
+from exactivations.store.batches import Place, TokenBatch, TokenStep
 from exactivations.store.errors import InvalidInputError
 from exactivations.store.run_folder import RunInfo
 
@@ -186,10 +186,9 @@ class LogitDiffAmplifier(pl.LightningModule):
             {name: (model, options.revision) for name, (model, options) in zip(("after", "before"), (after, before), strict=True)},
         )
 
-    def predict_step(self, batch: TokenBatch, batch_idx: int = 0) -> Completions:
-        """Returns `self(batch)`."""
-        out: Completions = self(batch)
-        return out
+    def predict_step(self, step: TokenStep, batch_idx: int = 0) -> list[Completions]:
+        """Completes the batches of a step, one after the other."""
+        return [self(batch) for batch in step.batches()]
 
     @torch.no_grad()
     def forward(self, batch: TokenBatch) -> Completions:

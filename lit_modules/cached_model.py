@@ -1,4 +1,4 @@
-"""A causal language model that reads on from where it was: its keys and values are kept, and rows of them can be chosen."""
+"""A causal language model that reads on from where it was: its keys and values are kept; rows can be chosen, and others join."""
 
 import copy
 import inspect
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -71,14 +72,61 @@ class CachedModel:
         Raises:
             InvalidInputError: If the model keeps states of which this is not known to be right (linear attention, say).
         """
+        _ = self._layers
+        self._cache.batch_select_indices(rows)
+        if self._mask is not None:
+            self._mask = self._mask[rows]
+            self._drop_common_padding()
+
+    def join(self, other: "CachedModel") -> None:
+        """Goes on with the rows of another one too, behind its own; those that have read less are padded on the left.
+
+        The other one, of the same model, stays as it is. Copies what is kept.
+
+        Raises:
+            InvalidInputError: As `select` does.
+        """
+        masks = [part._whole_mask() for part in (self, other)]
+        n_read = max(mask.shape[1] for mask in masks)
+        for mine, theirs in zip(self._layers, other._layers, strict=True):
+            mine.keys, mine.values = _stacked(mine.keys, theirs.keys), _stacked(mine.values, theirs.values)
+            if isinstance(mine, DynamicSlidingWindowLayer):
+                mine.cumulative_length = n_read
+        self._mask = torch.cat([functional.pad(mask, (n_read - mask.shape[1], 0)) for mask in masks])
+        self._drop_common_padding()
+
+    @property
+    def _layers(self) -> list[DynamicLayer]:
+        """The layers' keys and values, if that is all that they keep."""
+        layers = [layer for layer in self._cache.layers if isinstance(layer, DynamicLayer)]
         for layer in self._cache.layers:
             if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise InvalidInputError(
                     f"{type(self.model).__name__} has layers that keep a {type(layer).__name__}, expected keys and values of "
                     "attention, full or in a sliding window: rows of other states cannot be chosen safely"
                 )
-        self._cache.batch_select_indices(rows)
-        self._mask = None if self._mask is None else self._mask[rows]
+        return layers
+
+    def _whole_mask(self) -> Tensor:
+        """Returns which of the tokens read are real, bool [B, n]."""
+        if self._mask is not None:
+            return self._mask
+        keys = _there(self._layers[0].keys)
+        return torch.ones(len(keys), self._cache.get_seq_length(), dtype=torch.bool, device=keys.device)
+
+    def _drop_common_padding(self) -> None:
+        """Forgets leading tokens that are padding in all rows, and the mask if nothing else is padded. Waits for the device."""
+        assert self._mask is not None
+        n_padding = int(self._mask.any(dim=0).long().argmax())
+        self._mask = self._mask[:, n_padding:]
+        for layer in self._layers if n_padding else ():
+            keys, values = _there(layer.keys), _there(layer.values)
+            n_kept = min(keys.shape[2], self._mask.shape[1])  # a window keeps its last tokens only
+            layer.keys, layer.values = keys[:, :, -n_kept:].contiguous(), values[:, :, -n_kept:].contiguous()
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length -= n_padding
+        if self._mask.all():
+            self._mask = None
 
     def _masked(self, mask: Tensor) -> dict[str, Tensor]:
         self._mask = mask if self._mask is None else torch.cat([self._mask, mask], dim=1)
@@ -103,6 +151,18 @@ def check_generator(model: PreTrainedModel) -> None:
     if "past_key_values" not in inspect.signature(model.forward).parameters:
         raise InvalidInputError(f"{type(model).__name__} takes no past_key_values: a model without that cache cannot be amplified")
     refuse_rounded_buffers(body, values_change=bool(length_dependent_rope(body)))
+
+
+def _stacked(*parts: Tensor | None) -> Tensor:
+    """Returns keys or values [B, H, n, D] of all parts, the shorter ones with zeros, which nothing attends to, on the left."""
+    there = [_there(part) for part in parts]
+    length = max(part.shape[2] for part in there)
+    return torch.cat([functional.pad(part, (0, 0, length - part.shape[2], 0)) for part in there])
+
+
+def _there(states: Tensor | None) -> Tensor:
+    assert states is not None, "nothing has been read yet"
+    return states
 
 
 def checked_left_padding(attention_mask: Tensor) -> Bool[Tensor, "b n"]:

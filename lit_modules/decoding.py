@@ -1,7 +1,7 @@
 """The decoding loop: several completions of each prompt, of two models at once, each row by its own alpha, sampling and length.
 
-Each model reads the prompts once; its keys and values are then repeated for all rows of a prompt. A row that has finished leaves
-the computation, and a model that no remaining row needs is not run.
+Each model reads the prompts once; its keys and values are then repeated for all rows of a prompt. A model runs those rows only that
+need it. A row that has finished, or is dropped, leaves the computation; rows of another decoding may join between two steps.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,8 @@ from exactivations.lit_modules.row_sampling import RowSampling
 from exactivations.store.errors import InvalidInputError
 
 Finished = Literal["eos", "length"]
+WITHOUT = {"after": -1.0, "before": 0.0}
+"""The alpha at which a model is not needed."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,16 @@ class Rows:
     def select(self, rows: Tensor) -> "Rows":
         """Returns some of them, given as int64 indices or a bool mask."""
         return Rows(self.prompt[rows], self.alpha[rows], self.sampling.select(rows), self.max_new_tokens[rows])
+
+    def joined(self, other: "Rows") -> "Rows":
+        """Returns these and the others; `prompt` still counts each one's own prompts."""
+        sampling = {f.name: torch.cat([getattr(rows.sampling, f.name) for rows in (self, other)]) for f in fields(RowSampling)}
+        return Rows(
+            torch.cat([self.prompt, other.prompt]),
+            torch.cat([self.alpha, other.alpha]),
+            RowSampling(**sampling),
+            torch.cat([self.max_new_tokens, other.max_new_tokens]),
+        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +120,7 @@ class Step:
         token: int64 [b].
         ended: bool [b], the token was an EOS token.
         complete: bool [b], the row is finished.
-        scores: float64 [b] each.
+        scores: float64 [s] each, of the rows that are scored; None if none is.
     """
 
     row: Tensor
@@ -126,6 +138,9 @@ class Prompts:
         input_ids: int64 [B, L] on the host.
         attention_mask: [B, L] for prompts that are padded on the left; None if none is.
 
+    Attributes:
+        n_tokens: int64 [B], of each prompt, padding not counted.
+
     Raises:
         InvalidInputError: If models and prompts do not fit each other.
     """
@@ -136,6 +151,7 @@ class Prompts:
             input_ids = torch.where(mask, input_ids, input_ids[:, -1:])  # any id will do, and what pads may not be shared
         pair.check_ids(input_ids, torch.arange(len(input_ids)))
         self.pair, self.input_ids, self._mask = pair, input_ids, mask
+        self.n_tokens = torch.full((len(input_ids),), input_ids.shape[1]) if mask is None else mask.sum(dim=1)
         self._read: dict[str, tuple[CachedModel, Tensor]] = {}
 
     @torch.no_grad()
@@ -156,70 +172,133 @@ class Decoding:
         prompts: What is continued; several of these may continue the same.
         rows: What is to be generated.
         eos_token_ids: What ends a row; empty lets all run to their max_new_tokens.
-        scores: Whether tokens are scored. Both models then always run; else only those that a remaining row needs.
+        scores: Whether tokens are scored. Both models then run all of these rows; else each only those that need it.
+
+    Attributes:
+        living: int64 [b], the numbers of the rows that are not finished: 0 to R - 1, and on from there for those that join.
 
     Raises:
         InvalidInputError: If rows and prompts do not fit each other.
     """
 
     def __init__(self, prompts: Prompts, rows: Rows, *, eos_token_ids: frozenset[int], scores: bool = False) -> None:
-        n_prompts, length = prompts.input_ids.shape
+        n_prompts, n_rows = len(prompts.input_ids), len(rows.prompt)
         if not 0 <= int(rows.prompt.min()) <= int(rows.prompt.max()) < n_prompts:
             raise InvalidInputError(f"rows continue prompts {sorted(set(rows.prompt.tolist()))}, there are {n_prompts}")
-        prompts.pair.check_length(length + int(rows.max_new_tokens.max()) - 1)
-        self.living = torch.arange(len(rows.prompt))
-        self._pair, self._rows, self._scored, self._n_steps = prompts.pair, rows, scores, 0
+        prompts.pair.check_length(int((prompts.n_tokens[rows.prompt] + rows.max_new_tokens).max()) - 1)
+        self.living = torch.arange(n_rows)
+        self._n_numbers, self._pair, self._rows = n_rows, prompts.pair, rows
+        self._scored, self._n_drawn = torch.full((n_rows,), scores), torch.zeros(n_rows, dtype=torch.int64)
+        self._unread: Tensor | None = None
         self._eos = torch.tensor(sorted(eos_token_ids), dtype=torch.int64)
         self._models: dict[str, CachedModel] = {}
         self._logits: dict[str, Tensor] = {}
-        prompt = rows.prompt.to(prompts.pair.after.device)
-        for name in filter(self._needs, ("after", "before")):
-            model, logits = prompts.read(name)
-            self._models[name], self._logits[name] = model.fork(prompt), logits[prompt]
+        for name in WITHOUT:
+            needed = self._needing(name)
+            if needed.any():
+                prompt = rows.prompt[needed].to(prompts.pair.after.device)
+                model, logits = prompts.read(name)
+                self._models[name], self._logits[name] = model.fork(prompt), logits[prompt]
 
     @torch.no_grad()
     def step(self) -> Step:
-        """Draws a token for each living row, and reads those of the rows that go on. Waits for the device.
+        """Reads what was drawn last, and draws a token for each living row. Waits for the device.
 
         Raises:
-            InvalidInputError: If a model's logits overflow.
+            InvalidInputError: If a model's logits overflow: `overflowed` tells in which rows. Nothing was drawn then.
         """
         assert len(self.living), "all rows are finished"
+        self._read()
         distribution = self._rows.sampling.distribution(self._amplified().double())
-        drawn = self._rows.sampling.draw(distribution, self._n_steps)
+        n_drawn = self._n_drawn.to(distribution.device)
+        drawn = self._rows.sampling.draw(distribution, n_drawn)
         token = drawn.cpu()
-        self._n_steps += 1
+        self._n_drawn = self._n_drawn + 1
         ended = torch.isin(token, self._eos)
-        complete = ended | (self._rows.max_new_tokens == self._n_steps)
+        complete = ended | (self._rows.max_new_tokens == self._n_drawn)
         scores = None
-        if self._scored:
-            scores = token_scores(self._logits["after"].double(), self._logits["before"].double(), distribution, drawn)
+        if self._scored.any():
+            scored = self._scored.to(drawn.device)
+            after, before = (self._spread(name)[scored].double() for name in WITHOUT)
+            scores = token_scores(after, before, distribution[scored], drawn[scored])
         step = Step(self.living, token, ended, complete, scores)
-        if complete.any():
-            self._keep((~complete).nonzero()[:, 0])
-        if len(self.living):
-            following = token[~complete, None].to(drawn.device)
-            self._logits = {name: restricted(model.read(following), self._pair.common) for name, model in self._models.items()}
+        self._unread = token
+        self._keep(~complete)
         return step
 
-    def _needs(self, name: str) -> bool:
-        without = {"after": -1.0, "before": 0.0}[name]
-        return self._scored or bool((self._rows.alpha != without).any())
+    def join(self, other: "Decoding") -> Int64[Tensor, " r"]:
+        """Takes over the rows of another decoding of these models, which is used up, and returns their numbers here.
+
+        They go on at their own step, seed and length; prompts of other lengths are padded on the left.
+        """
+        assert len(self.living) and len(other.living) and other._pair is self._pair and torch.equal(other._eos, self._eos)
+        self._read()
+        other._read()
+        numbers = other.living + self._n_numbers
+        self._n_numbers += other._n_numbers
+        self.living = torch.cat([self.living, numbers])
+        self._rows = self._rows.joined(other._rows)
+        self._scored = torch.cat([self._scored, other._scored])
+        self._n_drawn = torch.cat([self._n_drawn, other._n_drawn])
+        for name, model in other._models.items():
+            if name in self._models:
+                self._models[name].join(model)
+                self._logits[name] = torch.cat([self._logits[name], other._logits[name]])
+            else:
+                self._models[name], self._logits[name] = model, other._logits[name]
+        return numbers
+
+    def drop(self, rows: Int64[Tensor, " r"]) -> None:
+        """Ends rows, given by their numbers: they leave before the next step. Those that are finished already do nothing."""
+        self._keep(~torch.isin(self.living, rows))
+
+    @torch.no_grad()
+    def overflowed(self) -> Int64[Tensor, " r"]:
+        """Returns the numbers of the rows whose largest logit is not finite, from which nothing can be drawn."""
+        self._read()
+        return self.living[~self._amplified().amax(dim=1).isfinite().cpu()]
+
+    def _needing(self, name: str) -> Tensor:
+        """Returns which living rows need a model, bool [b]: it has read these, and no others."""
+        return self._scored | (self._rows.alpha != WITHOUT[name])
+
+    def _read(self) -> None:
+        if self._unread is not None:
+            for name, model in self._models.items():
+                following = self._unread[self._needing(name), None].to(model.model.device)
+                self._logits[name] = restricted(model.read(following), self._pair.common)
+            self._unread = None
 
     def _amplified(self) -> Tensor:
         if len(self._logits) == 1:  # all rows have the alpha that is this one model
             return next(iter(self._logits.values()))
-        return logit_difference(self._logits["after"], self._logits["before"], self._rows.alpha.to(self._logits["after"].device))
+        after, before = (self._spread(name) for name in WITHOUT)
+        return logit_difference(after, before, self._rows.alpha.to(after.device))
+
+    def _spread(self, name: str) -> Tensor:
+        """Returns a model's logits [b, C]; zeros for rows that do not need it, whose alpha leaves these out."""
+        needed, logits = self._needing(name), self._logits[name]
+        if needed.all():
+            return logits
+        spread = logits.new_zeros(len(needed), logits.shape[1])
+        spread[needed.to(logits.device)] = logits
+        return spread
 
     def _keep(self, kept: Tensor) -> None:
-        self.living = self.living[kept]
-        if not len(kept):
-            self._models, self._logits = {}, {}
+        if kept.all():
             return
-        self._rows = self._rows.select(kept)
-        self._models = {name: model for name, model in self._models.items() if self._needs(name)}
-        for model in self._models.values():
-            model.select(kept.to(model.model.device))
+        for name in list(self._models):
+            of_model = kept[self._needing(name)]
+            if not of_model.any():
+                del self._models[name], self._logits[name]
+            elif not of_model.all():
+                rows = of_model.nonzero()[:, 0].to(self._pair.after.device)
+                self._models[name].select(rows)
+                self._logits[name] = self._logits[name][rows]
+        self.living, self._scored, self._n_drawn = self.living[kept], self._scored[kept], self._n_drawn[kept]
+        self._unread = None if self._unread is None else self._unread[kept]
+        if len(self.living):
+            self._rows = self._rows.select(kept)
 
 
 def token_scores(

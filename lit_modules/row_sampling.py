@@ -72,12 +72,12 @@ class RowSampling:
             scaled[greedy] = kept
         return scaled
 
-    def draw(self, distribution: Float64[Tensor, "b v"], step: int) -> Int64[Tensor, " b"]:
+    def draw(self, distribution: Float64[Tensor, "b v"], step: Int64[Tensor, " b"] | int) -> Int64[Tensor, " b"]:
         """Returns a token for each row, on the device. Waits for the device.
 
         Args:
             distribution: float64 [B, V], what `distribution` returns.
-            step: How many tokens each row has drawn before.
+            step: How many tokens each row has drawn before; one number if all have drawn equally many.
 
         Raises:
             InvalidInputError: If a row has no token with a finite logit, or one that is NaN.
@@ -89,14 +89,15 @@ class RowSampling:
         broken = (~value.isfinite()).nonzero()[:, 0].tolist()
         if broken:
             raise InvalidInputError(
-                f"row {broken[0]} of {len(value)} has no token to draw at step {step}: its largest logit is "
+                f"row {broken[0]} of {len(value)} has no token to draw at step "
+                f"{step if isinstance(step, int) else int(step[broken[0]])}: its largest logit is "
                 f"{value[broken[0]].item()}, expected a finite one. The model overflows in its dtype (load it in "
                 "bfloat16 or float32), or alpha is too large"
             )
         return token
 
 
-def gumbel_noise(seed: Int64[Tensor, " b"], step: int, n_tokens: int) -> Float64[Tensor, "b v"]:
+def gumbel_noise(seed: Int64[Tensor, " b"], step: Int64[Tensor, " b"] | int, n_tokens: int) -> Float64[Tensor, "b v"]:
     """Returns standard Gumbel noise for tokens 0 to n_tokens - 1, which depends on (seed, step, token id) alone.
 
     It is float64, since float32 has so few numbers near 1 that the noise would end at 17, and rare tokens would tie.

