@@ -1,17 +1,20 @@
 """AttributionWriter: writes each prompt's attributions as they come, so that no more than one batch's are held."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from exactivations.store.attributions import Attributions, write_attributions
+from exactivations.store.attributions import KIND, Attributions, write_attributions
+from exactivations.store.shard import open_shard
 
 
 class AttributionWriter(Callback):
     """Writes what `LocalAttributor` predicts. Use `Trainer.predict(…, return_predictions=False)`.
+
+    What an earlier run wrote for a file of sets, and this one does not, is removed: all sets in one, or sets that are gone.
 
     Args:
         folders: By file of sets, where its results go.
@@ -36,4 +39,15 @@ class AttributionWriter(Callback):
                 paths = [write_attributions(folder / name, attributions.one(name)) for name in attributions.set_names]
             else:
                 paths = [write_attributions(folder, attributions)]
+            _remove_others(folder, paths)
             self._tell(attributions, paths)
+
+
+def _remove_others(folder: Path, written: Sequence[Path]) -> None:
+    """Removes results in the folder, and those of one set in a folder called as the set; whatever else is there, stays."""
+    for path in {folder / f"{KIND}.safetensors", *folder.glob(f"*/{KIND}.safetensors")} - set(written):
+        if path.is_file() and (path.parent == folder or [of["name"] for of in open_shard(path)[1]["sets"]] == [path.parent.name]):
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()

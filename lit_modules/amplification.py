@@ -15,7 +15,7 @@ from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.completions_run import completions_info
 from exactivations.lit_modules.decoding import Generated, Prompts, Rows, generate_in_parts
 from exactivations.lit_modules.extraction import check_lengths
-from exactivations.lit_modules.language_model import ModelOptions, load_model
+from exactivations.lit_modules.language_model import ModelOptions, load_causal_model
 from exactivations.lit_modules.model_pair import ModelPair
 from exactivations.lit_modules.row_sampling import RowSampling, row_seed
 from exactivations.store.batches import Place, TokenBatch, TokenStep
@@ -134,7 +134,9 @@ class LogitDiffAmplifier(pl.LightningModule):
         if self._loaded is None:
             if self._cpu_threads is not None:
                 torch.set_num_threads(self._cpu_threads)
-            after, before = (_whole_model(model, options, device) for model, options in self._given)
+            after, before = (
+                load_causal_model(model, options, device) if isinstance(model, str) else model for model, options in self._given
+            )
             pair = ModelPair(after, before, self._common)
             if not self.options.ignore_eos and not pair.eos_token_ids:
                 raise InvalidInputError(
@@ -214,15 +216,3 @@ class LogitDiffAmplifier(pl.LightningModule):
         prompts = Prompts(pair, host.input_ids)
         generated = generate_in_parts(prompts, rows, options.max_rows, eos_token_ids=eos, scores=options.scores)
         return Completions(**vars(generated), sample_index=sample_index, alpha=alpha, rollout=rollout, seed=seed, place=host.place)
-
-
-def _whole_model(model: str | PreTrainedModel, options: ModelOptions, device: torch.device) -> PreTrainedModel:
-    """Returns the causal language model with its head, on the device if it is loaded here."""
-    if not isinstance(model, str):
-        return model
-    weights = load_model(model, options, device.type, wants_head=lambda _: True)
-    if weights.whole is None or weights.random:
-        lacking = f" (it lacks {', '.join(sorted(weights.random)[:3])})" if weights.random else ""
-        raise InvalidInputError(f"model {model!r} is no whole causal language model with its head{lacking}: it cannot generate")
-    weights.whole.to(device)  # type: ignore[arg-type]  # transformers' own annotation lacks torch.device
-    return weights.whole

@@ -133,9 +133,10 @@ class LocalAttributor(pl.LightningModule):
 
     def _attribute(self, batch: AttributionBatch) -> list[Attributions]:
         threshold = self.options.output_threshold
+        paths = self.paths  # before anything else runs: maps that cannot be attributed to are refused there
         probabilities, original = self._probabilities(batch)
         alive = self._alive(batch.importances, probabilities)
-        pairs = self._values(batch, batch.any_set(alive) if self.options.unmasked else alive)
+        pairs = self._values(batch, paths, batch.any_set(alive) if self.options.unmasked else alive)
         alive = self._alive(batch.all_importances, probabilities.cpu())
         in_any = batch.any_set(alive) if self.options.unmasked else {}
         original_alive, probabilities = (original >= threshold).cpu(), probabilities.float().cpu()
@@ -188,7 +189,7 @@ class LocalAttributor(pl.LightningModule):
                 of_rows = logits(model, batch.rows).softmax(-1)
             return of_rows, logits(model, batch.ids).softmax(-1)
 
-    def _values(self, batch: AttributionBatch, alive: Alive) -> list[PairValues]:
+    def _values(self, batch: AttributionBatch, paths: Sequence[Paths], alive: Alive) -> list[PairValues]:
         """Returns the attributions of all pairs; of the untouched model with a row for each prompt, and else for each set."""
         output_ids = alive[OUTPUT].nonzero()[:, -1].unique()  # type: ignore[no-untyped-call]
         alive = {**alive, OUTPUT: alive[OUTPUT][..., output_ids]}
@@ -202,9 +203,9 @@ class LocalAttributor(pl.LightningModule):
         writers = {path: Writers.of(maps[path].U.detach(), scales[path], alive[path]) for path in maps}
         writers[WTE] = Writers.of_embedding(passed.starts[WTE].detach())
         found = []
-        for paths in tqdm(self.paths, desc="attributing", unit=" layers", leave=False, disable=not sys.stderr.isatty()):
-            reads = None if paths.target == OUTPUT else maps[paths.target].V.detach().T
-            found += attribute_rows(passed, paths, writers, reads, alive[paths.target], self.options.memory_mib)
+        for to in tqdm(paths, desc="attributing", unit=" layers", leave=False, disable=not sys.stderr.isatty()):
+            reads = None if to.target == OUTPUT else maps[to.target].V.detach().T
+            found += attribute_rows(passed, to, writers, reads, alive[to.target], self.options.memory_mib)
         return found
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,7 +21,7 @@ def hard_sigmoid(x: Float[Tensor, "*leading c"]) -> Float[Tensor, "*leading c"]:
 
 
 def lower_leaky_hard_sigmoid(x: Float[Tensor, "*leading c"]) -> Float[Tensor, "*leading c"]:
-    """Returns x clipped to at most 1, and 0.01 x where x is below 0: what masks are made of.
+    """Returns x clipped to at most 1, and 0.01 x where x is below 0: what masks are made of in training a decomposition.
 
     A component that does not matter may be turned a little negative, so a mask below 0 does no harm, and keeps the gradient alive.
     """
@@ -30,6 +31,16 @@ def lower_leaky_hard_sigmoid(x: Float[Tensor, "*leading c"]) -> Float[Tensor, "*
 def upper_leaky_hard_sigmoid(x: Float[Tensor, "*leading c"]) -> Float[Tensor, "*leading c"]:
     """Returns x clipped to at least 0, and 1 + 0.01 (x - 1) where x is above 1: what importance minimality penalises."""
     return torch.where(x > 1, 1 + LEAK * (x - 1), x.clamp(min=0))
+
+
+def hard_sigmoid_with_lower_leaky_gradient(x: Float[Tensor, "*leading c"]) -> Float[Tensor, "*leading c"]:
+    """Returns x clipped to [0, 1]; at or below 0, a gradient that would raise it passes by 0.01. One prompt's masks are made of it.
+
+    Unlike `lower_leaky_hard_sigmoid` it leaks in the gradient only: a value that is optimised by itself may go far below 0, and
+    would else stand in the masks with a sign of its own.
+    """
+    clipped: Tensor = _LowerLeakyGradient.apply(x)  # type: ignore[no-untyped-call]  # torch has no annotation there
+    return clipped
 
 
 class CausalImportanceFunction(nn.Module):
@@ -93,3 +104,15 @@ class _OneMap(nn.Module):
         hidden = functional.gelu(torch.addcmul(self.bias_in, inner[..., None], self.weight_in))
         # Half the time of einsum, which makes of this a matrix product for each component.
         return (hidden * self.weight_out).sum(-1) + self.bias_out
+
+
+class _LowerLeakyGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return hard_sigmoid(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,), (gradient,) = ctx.saved_tensors, gradients
+        return torch.where(x <= 0, LEAK * gradient.clamp(max=0), torch.where(x <= 1, gradient, 0))

@@ -11,14 +11,19 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from exactivations.lit_modules.causal_importance import LEAK, hard_sigmoid, upper_leaky_hard_sigmoid
+from exactivations.lit_modules.causal_importance import (
+    hard_sigmoid,
+    hard_sigmoid_with_lower_leaky_gradient,
+    upper_leaky_hard_sigmoid,
+)
 from exactivations.lit_modules.component_model import ComponentModel
 from exactivations.lit_modules.decomposition_losses import importance_minimality
-from exactivations.lit_modules.language_model import forward_arguments, has_head
+from exactivations.lit_modules.language_model import evaluating, forward_arguments, has_head
 from exactivations.lit_modules.optimised_sets import CiOptions, OptimisedSet
 from exactivations.store.errors import InvalidInputError
 
-ALIVE = 1e-6
+ALIVE_AT_ALL = 1e-6
+"""A component takes part, and is counted, from this causal importance on: what attributions too take for alive by default."""
 LOWEST_START = 0.5
 DRAWS = 32  # of the stochastic masks that a finished set is judged by
 
@@ -32,8 +37,7 @@ class CiOptimisation(pl.LightningModule):
     last bits of matrix products with more rows.
 
     The loss of a row is the cross-entropy of the target at the last position, plus coefficient * (sum over maps and components of
-    (upper leaky importance) ** p, as a mean over positions). Masks are made of the lower leaky importance, which is clipped to
-    [0, 1], and whose gradient at or below 0 is 0.01 of it where that would raise the importance, and else 0.
+    (upper leaky importance) ** p, as a mean over positions). Masks are made of `hard_sigmoid_with_lower_leaky_gradient`.
 
     Args:
         model: The decomposed model. Its weights are left as they are.
@@ -46,7 +50,8 @@ class CiOptimisation(pl.LightningModule):
             take part, and start evenly drawn from [0.5, 1).
 
     Raises:
-        InvalidInputError: If there is no seed or one twice, no prompt, or target or own do not fit the model.
+        InvalidInputError: If there is no seed or one twice, no prompt, or target or own do not fit the model; or if there are
+            several seeds for which nothing is random: with own, and the importances themselves as masks.
 
     Source: goodfire-ai/spd, optim_cis; masks and losses of arXiv 2506.20790.
     """
@@ -71,6 +76,11 @@ class CiOptimisation(pl.LightningModule):
             raise InvalidInputError(
                 f"{type(model.model).__name__} predicts no tokens: "
                 "causal importances are optimised for the next token of a causal language model"
+            )
+        if own is not None and self.options.masks == "ci" and len(seeds) > 1:
+            raise InvalidInputError(
+                f"{len(seeds)} seeds would all give one set: it starts from the model's own causal importances, and masks 'ci' are "
+                "the importances themselves, so that nothing is random; give one seed, or masks 'stochastic'"
             )
         self._models, self._input_ids = (model, model.model), input_ids  # in a tuple, out of the module tree
         self._shapes = {path: (len(input_ids), of_map.n_components) for path, of_map in model.maps.items()}
@@ -123,7 +133,7 @@ class CiOptimisation(pl.LightningModule):
                 f"{self._shapes.get(wrong)}"
             )
         flat = torch.cat([own[path].detach().to("cpu", self._value_dtype).flatten() for path in self._shapes])
-        alive = (hard_sigmoid(flat) >= ALIVE).nonzero()[:, 0]
+        alive = (hard_sigmoid(flat) >= ALIVE_AT_ALL).nonzero()[:, 0]
         if not len(alive):
             raise InvalidInputError("nothing is alive in the model's own causal importances: there is nothing to optimise")
         return flat, alive
@@ -153,7 +163,8 @@ class CiOptimisation(pl.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int = 0) -> Tensor:
         """Returns the sum of all rows' losses."""
         values = self._values()
-        entropy = self._cross_entropy(_lower_leaky(values), self._generators if self.options.masks == "stochastic" else None)
+        generators = self._generators if self.options.masks == "stochastic" else None
+        entropy = self._cross_entropy(hard_sigmoid_with_lower_leaky_gradient(values), generators)
         minimality = self._minimality(values)
         self.log("cross-entropy", entropy.detach().mean(), prog_bar=True)
         self.log("minimality", minimality.detach().mean(), prog_bar=True)
@@ -185,7 +196,7 @@ class CiOptimisation(pl.LightningModule):
         minimality = self._minimality(values)
         losses = (stochastic.mean(0) if options.masks == "stochastic" else with_ci) + options.coefficient * minimality
         probability, of_stochastic = (-with_ci).exp(), (-stochastic).exp().mean(0)
-        alive = {path: (of_map >= ALIVE).sum((1, 2)) for path, of_map in self._by_map(g).items()}
+        alive = {path: (of_map >= ALIVE_AT_ALL).sum((1, 2)) for path, of_map in self._by_map(g).items()}
         return [
             OptimisedSet(
                 seed, float(losses[row]), float(minimality[row]), float(probability[row]), float(of_stochastic[row]),
@@ -225,27 +236,6 @@ class CiOptimisation(pl.LightningModule):
         return functional.cross_entropy(logits, torch.full((n,), self.target, device=g.device), reduction="none")
 
     def _logits(self, input_ids: Int64[Tensor, "n l"]) -> Float[Tensor, "n v"]:
-        logits: Tensor = self._whole(input_ids=input_ids, **forward_arguments(self._whole)).logits
+        with evaluating(self._whole):
+            logits: Tensor = self._whole(input_ids=input_ids, **forward_arguments(self._whole)).logits
         return logits[:, -1].to(self._value_dtype)
-
-
-def _lower_leaky(x: Tensor) -> Tensor:
-    clipped: Tensor = _LowerLeaky.apply(x)  # type: ignore[no-untyped-call]  # torch has no annotation there
-    return clipped
-
-
-class _LowerLeaky(torch.autograd.Function):
-    """Clips to [0, 1]; at or below 0, a gradient that would raise the value passes by 0.01.
-
-    The leak is in the gradient only: a value that is far below 0 would else stand in the masks with a sign of its own.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return hard_sigmoid(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,), (gradient,) = ctx.saved_tensors, gradients
-        return torch.where(x <= 0, LEAK * gradient.clamp(max=0), torch.where(x <= 1, gradient, 0))

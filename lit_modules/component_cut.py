@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from exactivations.lit_modules.component_linear import ComponentLinear
+from exactivations.lit_modules.component_linear import ComponentLinear, is_plain
 from exactivations.lit_modules.component_model import ComponentModel
 from exactivations.lit_modules.language_model import evaluating, forward_arguments
 from exactivations.store.attributions import OUTPUT, WTE
@@ -77,18 +77,18 @@ def cut_pass(
                     f"map {path} reads {list(x.shape)} for a batch {list(input_ids.shape)}: only maps that read every position "
                     "in its place ([B, L, d_in]) can be attributed to; leave it out"
                 )
-            found.ends[path] = x
+            found.ends[path] = x.clone()  # models may go on in place, here and with what is returned
             with torch.no_grad():  # so that nothing of it is kept for gradients, which end here
                 found.inner[path] = x @ linear.V
                 written = linear.original(x) if masks is None else linear.outward(found.inner[path] * masks[path])
             found.starts[path] = written.detach().requires_grad_()
-            return found.starts[path]
+            return found.starts[path].clone()
 
         return run
 
     def cut_embedding(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
         found.starts[WTE] = out.detach().requires_grad_()
-        return found.starts[WTE]
+        return found.starts[WTE].clone()
 
     handle = model.get_input_embeddings().register_forward_hook(cut_embedding)
     try:
@@ -103,7 +103,10 @@ def cut_pass(
 
 
 def logits(model: PreTrainedModel, input_ids: Int64[Tensor, "r l"], output_ids: Int64[Tensor, " a"] | None = None) -> Tensor:
-    """Returns the logits [R, L, V], or [R, L, A] of these token ids, for which alone the head then runs.
+    """Returns the logits [R, L, V], or [R, L, A] of these token ids.
+
+    The head runs whole in either case, but gradients of those of some tokens go through these tokens' weights alone if it is a
+    plain linear map.
 
     Raises:
         InvalidInputError: If the model does something with the head's output for which it must be whole.
@@ -112,16 +115,24 @@ def logits(model: PreTrainedModel, input_ids: Int64[Tensor, "r l"], output_ids: 
         whole: Tensor = model(input_ids=input_ids, **forward_arguments(model)).logits
         return whole
 
-    def restricted(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        if not isinstance(module, nn.Linear):
-            return out[..., output_ids]
-        bias = None if module.bias is None else module.bias[output_ids]
-        return nn.functional.linear(args[0], module.weight[output_ids], bias)
+    head, of_head = model.get_output_embeddings(), list[Tensor]()  # type: ignore[no-untyped-call]
+    plain = isinstance(head, nn.Linear) and is_plain(head)
 
-    handle = model.get_output_embeddings().register_forward_hook(restricted)  # type: ignore[no-untyped-call]
+    def restricted(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if plain:
+            bias = None if head.bias is None else head.bias[output_ids]
+            out = nn.functional.linear(args[0], head.weight[output_ids], bias)
+        else:
+            out = out[..., output_ids]
+        of_head.append(out)
+        return out
+
+    handle = head.register_forward_hook(restricted)
     try:
         some: Tensor = model(input_ids=input_ids, **forward_arguments(model)).logits
     except RuntimeError as error:
+        if not of_head:
+            raise
         raise InvalidInputError(f"{type(model).__name__} cannot compute the logits of some tokens only: {error}") from error
     finally:
         handle.remove()

@@ -29,7 +29,8 @@ class ComponentLinear(nn.Module):
         V, U: Trainable, in the original's dtype and on its device.
 
     Raises:
-        InvalidInputError: If V and U do not fit the map or each other.
+        InvalidInputError: If V and U do not fit the map or each other, or the map computes something else than x @ weight + bias,
+            as some subclasses of nn.Linear do.
     """
 
     def __init__(self, original: LinearMap, V: Float[Tensor, "d_in c"], U: Float[Tensor, "c d_out"]) -> None:
@@ -40,6 +41,11 @@ class ComponentLinear(nn.Module):
             raise InvalidInputError(
                 f"a map of [{d_in}, {d_out}] needs V [{d_in}, C] and U [C, {d_out}] with C of at least 1, got V {list(V.shape)} "
                 f"and U {list(U.shape)}"
+            )
+        if not is_plain(original):
+            raise InvalidInputError(
+                f"this {type(original).__name__} does not compute x @ weight + bias, so components of its weight are not parts of "
+                "what it does; leave it out"
             )
         self.original = original.requires_grad_(False)
         self.V = nn.Parameter(V.detach().to(original.weight, copy=True))
@@ -100,6 +106,15 @@ class ComponentLinear(nn.Module):
 def weight_of(linear: LinearMap) -> Float[Tensor, "d_in d_out"]:
     """Returns the weight W of a map x -> x @ W, a view: nn.Linear keeps its transpose, transformers' Conv1D keeps W."""
     return linear.weight.T if isinstance(linear, nn.Linear) else linear.weight
+
+
+@torch.no_grad()
+def is_plain(linear: LinearMap) -> bool:
+    """Whether a map computes x @ weight + bias, up to rounding, for one random x: subclasses may scale, normalise or quantise."""
+    weight = weight_of(linear)
+    x = torch.randn(1, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(weight)
+    found, expected = linear(x).double(), functional.linear(x, weight.T, linear.bias).double()
+    return bool((found - expected).norm() <= torch.finfo(weight.dtype).eps ** 0.5 * expected.norm())
 
 
 def singular_components(weight: Float[Tensor, "d_in d_out"], n_components: int | None = None) -> tuple[Tensor, Tensor]:

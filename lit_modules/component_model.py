@@ -32,7 +32,8 @@ class ComponentModel(nn.Module):
         original_hash: Which weights the model had (`weights_hash`).
 
     Raises:
-        InvalidInputError: If a path is no linear map of the model, or V and U do not fit it.
+        InvalidInputError: If a path is no linear map of the model, computes something else than x @ weight + bias, or V and U do
+            not fit it.
     """
 
     def __init__(self, model: nn.Module, components: Mapping[str, tuple[Tensor, Tensor]]) -> None:

@@ -24,6 +24,7 @@ from exactivations.lit_modules.decomposition_losses import (
     sampled_delta_masks,
     sampled_masks,
 )
+from exactivations.lit_modules.language_model import forward_arguments
 from exactivations.store.errors import IdentityError, InvalidInputError
 
 ALIVE = 0.1
@@ -207,7 +208,7 @@ class Decomposition(pl.LightningModule):
 
 def outputs_of(model: nn.Module, batch: Tensor) -> Tensor:
     """Returns what a model makes of a batch: logits [B, L, V] of a causal language model, and what a toy model returns."""
-    outputs = model(batch)
+    outputs = model(batch, **forward_arguments(model))
     return outputs if isinstance(outputs, Tensor) else outputs.logits
 
 

@@ -22,7 +22,7 @@ class DecompositionFigures:
     """Figures of a decomposition, on batches it was not trained on. Deltas take no part.
 
     Attributes:
-        missing: By map, what the components lack of the weight: |delta|^2 / |weight|^2.
+        missing: By map, what the components lack of the weight; see `missing_of`.
         alive: By map, how many components are alive (importance above 0.1) at a position, on average: L0.
         ever_alive: By map, bool [C], which are alive anywhere.
         all_components: Divergence of the output with all components of all maps.
@@ -76,12 +76,18 @@ def evaluate(
         for way, masks_of in ways.items():
             with components.masked(masks_of(importances)):
                 found[way].add(divergence(outputs_of(components.model, batch), target, kind), target)
-    missing = {
-        path: float(of_map.delta().square().sum() / of_map.weight.square().sum()) for path, of_map in components.maps.items()
-    }
     return DecompositionFigures(
-        missing, {path: mean.value for path, mean in alive.items()}, ever, **{way: mean.value for way, mean in found.items()}
+        missing_of(components),
+        {path: mean.value for path, mean in alive.items()},
+        ever,
+        **{way: mean.value for way, mean in found.items()},
     )
+
+
+@torch.no_grad()
+def missing_of(components: ComponentModel) -> dict[str, float]:
+    """Returns by map what the components lack of the weight: |delta|^2 / |weight|^2."""
+    return {path: float(of_map.delta().square().sum() / of_map.weight.square().sum()) for path, of_map in components.maps.items()}
 
 
 @torch.no_grad()

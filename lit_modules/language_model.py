@@ -106,6 +106,29 @@ def load_model(
     return LoadedWeights(body, frozenset(of_body), model if head_is_there else None)
 
 
+def load_causal_model(name: str, options: ModelOptions, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Loads a causal language model with its head onto a device, in evaluation mode.
+
+    Args:
+        name: Hub id, local path, or "demo".
+        options: How.
+        device: Where it will run.
+
+    Raises:
+        InvalidInputError: If there is no such model, it cannot be loaded as asked, or the checkpoint lacks its head or any other
+            weight.
+    """
+    device = torch.device(device)
+    weights = load_model(name, options, device.type, wants_head=lambda _: True)
+    if weights.whole is None or weights.random:
+        lacking = f" (it lacks {', '.join(sorted(weights.random)[:3])})" if weights.random else ""
+        raise InvalidInputError(
+            f"model {name!r} is no whole causal language model with its head{lacking}: name one that was saved with all its weights"
+        )
+    weights.whole.to(device)  # type: ignore[arg-type]  # transformers' own annotation lacks torch.device
+    return weights.whole
+
+
 def _has_head_around_its_body(name: str, options: ModelOptions, wants_head: Callable[[PreTrainedModel], bool]) -> bool:
     """Whether the causal language model holds the very body that is extracted from, of the same class and with the same weights."""
     body = load_skeleton(name, options)
@@ -262,7 +285,7 @@ def vocabulary_size(model: PreTrainedModel) -> int | None:
     return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 
 
-def forward_arguments(model: PreTrainedModel) -> dict[str, Any]:
+def forward_arguments(model: nn.Module) -> dict[str, Any]:
     """Returns the arguments that keep a forward pass from doing what nobody reads (a cache of keys and values)."""
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())

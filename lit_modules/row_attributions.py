@@ -97,25 +97,56 @@ def attribute_rows(
         writers: By layer, of all sources.
         reads: What each of the target's components reads of the end: a map's V, transposed. None: a feature of its own, as logits.
         alive: Which of these are alive.
-        memory_mib: About what gradients computed at a time may take.
+        memory_mib: About what gradients computed at a time may take, with the attributions that are made of them.
 
     Returns:
         A pair for each source.
     """
     end, starts = passed.ends[paths.target], [passed.starts[source] for source in paths.sources]
     slots = _slots(alive, paths.over_positions)
-    blocks: dict[str, list[Tensor]] = {source: [] for source in paths.sources}
-    for part in _chunks(slots.n, _bytes_of_a_gradient(passed, paths), memory_mib):
+    edges = {source: _Edges.between(writers[source].is_there, slots.reached(over)) for source, over in paths.sources.items()}
+    for part in _chunks(slots.n, _bytes_of_a_gradient(passed, paths, writers), memory_mib):
         gradients = many_gradients(end, starts, slots.part(part).directions(end, reads))
         for source, gradient in zip(paths.sources, gradients, strict=True):
-            blocks[source].append(writers[source].written @ gradient.permute(1, 2, 3, 0))  # r, s_in, j, k
-    pairs = []
-    for source, over in paths.sources.items():
-        is_edge = slots.reached(over) & writers[source].is_there[..., None]
-        values = torch.cat(blocks.pop(source), -1)[is_edge] if slots.n else end.new_zeros(0)
-        n_edges = is_edge.sum((1, 2, 3)).tolist()
-        pairs.append(PairValues(source, paths.target, over, values.float().cpu().split(n_edges)))  # type: ignore[no-untyped-call]
-    return pairs
+            edges[source].write(writers[source].written @ gradient.permute(1, 2, 3, 0), part)
+    return [PairValues(source, paths.target, over, edges.pop(source).of_rows()) for source, over in paths.sources.items()]
+
+
+@dataclass(frozen=True)
+class _Edges:
+    """The edges of one pair in all rows, in the order of `edge_places`, however few gradients they are computed from at a time.
+
+    Attributes:
+        values: float32 [E].
+        writes: bool [R, L, J], which of the source's components are there.
+        reached: bool [R, L, K], from which positions each gradient's component is reached.
+        first: int64 [R, L, J], where the edges of each of the source's components begin.
+        rank: int64 [R, L, K], the place of each gradient among those of a source component at that position.
+    """
+
+    values: Tensor
+    writes: Tensor
+    reached: Tensor
+    first: Tensor
+    rank: Tensor
+
+    @classmethod
+    def between(cls, writes: Tensor, reached: Tensor) -> "_Edges":
+        n_of_each = writes * reached.sum(-1, keepdim=True)
+        end = n_of_each.flatten().cumsum(0).view_as(n_of_each)
+        values = torch.zeros(int(n_of_each.sum()), device=writes.device)
+        return cls(values, writes, reached, end - n_of_each, reached.cumsum(-1) - 1)
+
+    def write(self, block: Float[Tensor, "r l j k"], part: slice) -> None:
+        """Takes the values of some of the gradients, of which only those of edges count."""
+        is_edge = self.writes[..., None] & self.reached[:, :, None, part]
+        place = self.first[..., None] + self.rank[:, :, None, part]
+        self.values[place[is_edge]] = block[is_edge].float()
+
+    def of_rows(self) -> tuple[Tensor, ...]:
+        """Returns each row's, on the host."""
+        n_edges = (self.writes * self.reached.sum(-1, keepdim=True)).sum((1, 2)).tolist()
+        return tuple(self.values.cpu().split(n_edges))  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -143,10 +174,10 @@ class _Slots:
         return _Slots(self.component[..., part], position, self.is_there[..., part], self.length)
 
     def reached(self, over_positions: bool) -> Tensor:
-        """Returns bool [R, L, 1, K]: from which positions each is reached."""
+        """Returns bool [R, L, K]: from which positions each is reached."""
         s_in = torch.arange(self.length, device=self.position.device)[None, :, None]
         reached = s_in <= self.position if over_positions else s_in == self.position
-        return (self.is_there & reached)[:, :, None]
+        return self.is_there & reached
 
     def directions(self, end: Tensor, reads: Tensor | None) -> Tensor:
         """Returns [K, R, L, d]: what a component reads (reads [C, d]; None: the component's own feature) at its position."""
@@ -171,13 +202,15 @@ def _slots(alive: Bool[Tensor, "r l c"], over_positions: bool) -> _Slots:
     return _Slots(packed.index, torch.arange(length, device=alive.device)[None, :, None], packed.is_there, length)
 
 
-def _bytes_of_a_gradient(passed: CutPass, paths: Paths) -> int:
+def _bytes_of_a_gradient(passed: CutPass, paths: Paths, writers: Mapping[str, Writers]) -> int:
     """Returns about how much one gradient takes: of the end, of all starts, and of what is between them, as much again.
 
-    Over positions there is attention between them, with a number for each two positions and head; heads are 64 wide or so.
+    Over positions there is attention between them, with a number for each two positions and head; heads are 64 wide or so. Then
+    come the values of the edges of one source at a time, with their places, which are twice as long, and again those that count.
     """
     end = passed.ends[paths.target]
     numbers = end.numel() + sum(passed.starts[source].numel() for source in paths.sources)
+    numbers += 3 * max(writers[source].is_there.numel() for source in paths.sources)
     attention = 3 * end[..., 0].numel() * end.shape[1] * max(1, end.shape[-1] // 64) if paths.over_positions else 0
     return end.element_size() * (2 * numbers + attention)
 

@@ -11,9 +11,7 @@ would answer 429, and does not free what a client that has gone away no longer w
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Literal, Protocol
+from collections.abc import Sequence
 
 import torch
 
@@ -23,116 +21,23 @@ from exactivations.lit_modules.language_model import body_of
 from exactivations.lit_modules.model_facts import length_dependent_rope
 from exactivations.lit_modules.model_pair import ModelPair
 from exactivations.lit_modules.row_sampling import RowSampling
-from exactivations.store.errors import ExactivationsError, InvalidInputError
-
-How = Literal["eos", "length", "cancelled", "late", "overflow", "dead"]
+from exactivations.lit_modules.serving_tickets import (
+    Ask,
+    Drawn,
+    Ended,
+    EngineDeadError,
+    How,
+    Limits,
+    Listener,
+    Observer,
+    QueueFullError,
+    Ticket,
+    queue_is_full,
+)
+from exactivations.store.errors import InvalidInputError
 
 OVERFLOW = "its largest logit is not finite: alpha is too large, or a model overflows in its dtype"
-
-
-class QueueFullError(ExactivationsError):
-    """More rows wait than may: ask again later."""
-
-
-class EngineDeadError(ExactivationsError):
-    """The engine has stopped, and will do nothing any more."""
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One completion that is asked for.
-
-    Attributes:
-        prompt_ids: Of the after model's tokenizer, at least one.
-        alpha: after + alpha * (after - before), finite.
-        temperature: 0 is greedy.
-        top_p: Draw from the smallest set of tokens with at least so much probability.
-        seed: At least 0, below 2^63.
-        max_new_tokens: At least 1.
-        ignore_eos: Whether to go on behind the end of a text.
-        scores: Whether each token is scored by both models, which then both run.
-    """
-
-    prompt_ids: tuple[int, ...]
-    alpha: float
-    temperature: float
-    top_p: float
-    seed: int
-    max_new_tokens: int
-    ignore_eos: bool = False
-    scores: bool = False
-
-    @property
-    def n_tokens(self) -> int:
-        """The most that are in the cache for it, and one more."""
-        return len(self.prompt_ids) + self.max_new_tokens
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A token of a completion, with what is known of it by name (see `TokenScores`) if that was asked for."""
-
-    token: int
-    scores: dict[str, float] | None
-
-
-@dataclass(frozen=True)
-class Ended:
-    """The end of a completion: by itself ("eos") or at its full length, else why it was given up, and in words."""
-
-    how: How
-    why: str = ""
-
-
-Listener = Callable[[Drawn | Ended], None]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the engine takes upon itself.
-
-    Attributes:
-        max_rows: The most rows in the batch.
-        max_batch_tokens: The most tokens in each model's cache: rows times the length (prompt and completion) of the longest.
-        max_waiting: The most rows that wait to enter it.
-    """
-
-    max_rows: int = 32
-    max_batch_tokens: int = 32768
-    max_waiting: int = 256
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            if getattr(self, field.name) < 1:
-                raise InvalidInputError(f"{field.name} must be at least 1, got {getattr(self, field.name)}")
-
-
-class Observer(Protocol):
-    """What is told of each step, in the engine's thread."""
-
-    def stepped(self, n_rows: int) -> None:
-        """So many rows got a token."""
-
-    def admitted(self, n_prompt_tokens: int) -> None:
-        """A row entered the batch."""
-
-    def ended(self, how: How) -> None:
-        """A row left, or never entered."""
-
-
-class Ticket:
-    """One completion on its way. `cancel` it when nobody wants it any more."""
-
-    def __init__(self, ask: Ask, listener: Listener, deadline: float) -> None:
-        self.ask, self.listener, self.deadline, self.is_cancelled = ask, listener, deadline, False
-
-    def cancel(self) -> None:
-        """Frees its row before the next step; without effect once it has ended."""
-        self.is_cancelled = True
-
-    def given_up(self) -> How | None:
-        """Returns why it need not be gone on with, if so."""
-        return "cancelled" if self.is_cancelled else "late" if time.monotonic() > self.deadline else None
+MEMORY = "the device has no memory left for it: the server has to be started with a lower --max-batch-tokens"
 
 
 class ServingEngine:
@@ -228,10 +133,7 @@ class ServingEngine:
             if self.trouble is not None:
                 raise EngineDeadError(self.trouble)
             if len(self._waiting) + len(tickets) > self.limits.max_waiting:
-                raise QueueFullError(
-                    f"{len(self._waiting)} completions wait, {len(tickets)} more are asked for, {self.limits.max_waiting} may: "
-                    "ask again later"
-                )
+                raise QueueFullError(queue_is_full(len(self._waiting), len(tickets), self.limits.max_waiting))
             self._waiting += tickets
             self._changed.notify()
         return tickets
@@ -239,25 +141,32 @@ class ServingEngine:
     def _run(self) -> None:
         try:
             while self._has_work():
-                self._free()
-                self._admit()
-                if self._decoding is not None:
-                    self._step(self._decoding)
+                if not self._advance():
+                    self._end_batch("memory", MEMORY)
         except BaseException as error:  # told to everyone who waits, and by `trouble` to all who come
             self._error = error
         finally:
             with self._changed:
                 self._is_closing = True
-                left = list(dict.fromkeys([*self._running.values(), *self._entering, *self._waiting]))
-                self._running, self._decoding = {}, None
+                self._entering += self._waiting
                 self._waiting.clear()
-            for ticket in left:
-                self._end(ticket, "dead", str(self.trouble))
+            self._end_batch("dead", str(self.trouble))
 
     def _has_work(self) -> bool:
         with self._changed:
             self._changed.wait_for(lambda: self._is_closing or self._waiting or self._running)
             return not self._is_closing
+
+    def _advance(self) -> bool:
+        """Frees, admits and steps; returns False if the memory did not suffice, after which the batch is in no state to go on."""
+        try:
+            self._free()
+            self._admit()
+            if self._decoding is not None:
+                self._step(self._decoding)
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def _free(self) -> None:
         """Gives up what nobody wants any more, and what is late: in the batch and in the queue."""
@@ -276,24 +185,41 @@ class ServingEngine:
             self._entering = [self._waiting.popleft() for _ in range(self._n_fitting())]
         if not self._entering:
             return
-        distinct = list(dict.fromkeys(ticket.ask.prompt_ids for ticket in self._entering))
-        prompts = _padded(self.pair, distinct)
-        for scores in (False, True):
-            of_kind = [ticket for ticket in self._entering if ticket.ask.scores is scores]
-            if not of_kind:
-                continue
-            rows = _rows([t.ask for t in of_kind], [distinct.index(t.ask.prompt_ids) for t in of_kind])
-            # Whether a text's end ends its row is the row's own affair.
-            admitted = Decoding(prompts, rows, eos_token_ids=frozenset(), scores=scores)
+        read = self._read_prompts(self._entering)
+        if read is None:  # the batch itself is as it was
+            entering, self._entering = self._entering, []
+            for ticket in entering:
+                self._end(ticket, "memory", MEMORY)
+            return
+        for admitted, tickets in read:
             numbers = admitted.living
             if self._decoding is None:
                 self._decoding = admitted
             else:
                 numbers = self._decoding.join(admitted)
-            self._running |= dict(zip(numbers.tolist(), of_kind, strict=True))
+            self._running |= dict(zip(numbers.tolist(), tickets, strict=True))
         for ticket in self._entering:
             self._observer.admitted(len(ticket.ask.prompt_ids))
         self._entering = []
+
+    def _read_prompts(self, entering: Sequence[Ticket]) -> list[tuple[Decoding, list[Ticket]]] | None:
+        """Returns tickets as rows that can join the batch, those with scores apart; None if the memory does not suffice.
+
+        The prompts' own keys and values end here: what joins the batch are copies.
+        """
+        distinct = list(dict.fromkeys(ticket.ask.prompt_ids for ticket in entering))
+        read = []
+        try:
+            prompts = _padded(self.pair, distinct)
+            for scores in (False, True):
+                of_kind = [ticket for ticket in entering if ticket.ask.scores is scores]
+                if of_kind:
+                    rows = _rows([t.ask for t in of_kind], [distinct.index(t.ask.prompt_ids) for t in of_kind])
+                    # Whether a text's end ends its row is the row's own affair.
+                    read.append((Decoding(prompts, rows, eos_token_ids=frozenset(), scores=scores), of_kind))
+        except torch.OutOfMemoryError:
+            return None
+        return read
 
     def _n_fitting(self) -> int:
         """Returns how many of those that wait fit into the batch, to their end. None overtakes another."""
@@ -335,6 +261,13 @@ class ServingEngine:
             self._decoding = None
         for row, how in leaving.items():
             self._end(self._running.pop(row), how, why)
+
+    def _end_batch(self, how: How, why: str) -> None:
+        """Ends all that is in the batch, and what is about to enter it."""
+        left = list(dict.fromkeys([*self._running.values(), *self._entering]))
+        self._running, self._entering, self._decoding = {}, [], None
+        for ticket in left:
+            self._end(ticket, how, why)
 
     def _end(self, ticket: Ticket, how: How, why: str = "") -> None:
         self._observer.ended(how)

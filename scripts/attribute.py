@@ -14,7 +14,7 @@ def attribute(
     output_threshold: float = 0.1,
     unmasked: bool = False,
     separate: bool = False,
-    memory_mib: float = 64,
+    memory_mib: float = 64.0,
     max_rows: int = 64,
     add_special_tokens: bool = True,
     show: int = 3,

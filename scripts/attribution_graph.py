@@ -9,7 +9,7 @@ def attribution_graph(
     edges: int = 300,
     page_edges: int = 20_000,
 ) -> None:
-    """Draws attributions: a picture of each CI set, one that compares the sets, and an interactive page.
+    """Draws attributions: a picture of each CI set, one that compares two to eight sets, and an interactive page.
 
     Tokens go across and layers up, from the embedding to the output. Edges are drawn from a threshold on, the same for all sets,
     which every picture tells, with how many edges of how many that are.
@@ -26,7 +26,7 @@ def attribution_graph(
 
     from exactivations.scripts.attribution_edges import graph_of
     from exactivations.scripts.attribution_page import write_page
-    from exactivations.scripts.attribution_plot import write_graphs
+    from exactivations.scripts.attribution_plot import OF_SETS, write_graphs
     from exactivations.store.attributions import read_attributions
     from exactivations.store.errors import InvalidInputError
 
@@ -49,4 +49,8 @@ def attribution_graph(
     if len(graph.edges) > 1:
         shared = graph.shared(threshold)
         print(f"of {len(shared.source):,} edges in some set, {int(shared.in_all.sum()):,} are in all {len(graph.edges)}")
+    if len(graph.edges) > len(OF_SETS):
+        print(
+            f"no comparison.png: it compares up to {len(OF_SETS)} sets, by colour, and there are {len(graph.edges)}; see graph.html"
+        )
     print("written: " + ", ".join(map(str, paths)))

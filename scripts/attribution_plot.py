@@ -116,7 +116,9 @@ def comparison_figure(graph: AttributionGraph, threshold: float, layout: Layout 
 
 
 def write_graphs(graph: AttributionGraph, folder: FilePath, threshold: float) -> list[FilePath]:
-    """Writes <set>.png of each set, and comparison.png where there are sets to compare. The same graph gives the same bytes.
+    """Writes <set>.png of each set, and comparison.png of two to eight. The same graph gives the same bytes.
+
+    With fewer sets or more a comparison.png that is there already, of other sets, is removed.
 
     Returns:
         The paths.
@@ -131,8 +133,11 @@ def write_graphs(graph: AttributionGraph, folder: FilePath, threshold: float) ->
         if path in figures or path.stem == "comparison":
             raise InvalidInputError(f"set {name!r} would be drawn to {path.name}, which is another picture's: rename the set")
         figures[path] = graph_figure(graph, name, threshold, layout)
+    comparison = folder / "comparison.png"
     if 2 <= len(graph.edges) <= len(OF_SETS):
-        figures[folder / "comparison.png"] = comparison_figure(graph, threshold, layout)
+        figures[comparison] = comparison_figure(graph, threshold, layout)
+    else:
+        comparison.unlink(missing_ok=True)
     for path, figure in figures.items():
         write_png(figure, path)
     return list(figures)

@@ -2,7 +2,7 @@
 
 from exactivations.lit_modules.component_file import read_components
 from exactivations.lit_modules.component_model import ComponentModel
-from exactivations.lit_modules.language_model import ModelOptions, load_model
+from exactivations.lit_modules.language_model import ModelOptions, load_causal_model
 from exactivations.store.errors import InvalidInputError
 
 
@@ -19,15 +19,14 @@ def load_components(
         n_components: With svd: so many of each map, the largest; None: all.
 
     Raises:
-        InvalidInputError: If not one of components and svd is given, the model has no head, or they do not fit each other.
+        InvalidInputError: If not one of components and svd is given, the model lacks its head or any other weight, or they do not
+            fit each other.
     """
     if (components is None) == (svd is None):
         raise InvalidInputError("give --components FILE, or --svd PATTERNS to take the singular components of maps; one of the two")
     if components is not None and n_components is not None:
         raise InvalidInputError("--n-components is for --svd: a file of components has them already")
-    whole = load_model(model, options, "cpu", wants_head=lambda _: True).whole
-    if whole is None:
-        raise InvalidInputError(f"model {model!r} is no causal language model with its head, whose weights were saved as one")
+    whole = load_causal_model(model, options)
     if components is not None:
         return read_components(components, whole)
     return ComponentModel.from_svd(whole, svd or [], n_components)

@@ -37,13 +37,16 @@ def tell_toys(features: int, dimensions: int, figures: Sequence[Figures]) -> Non
     """Prints how well the components of each seed are the columns of W, and mean and standard deviation over seeds."""
     maps = list(figures[0]["trained"]["alive"])
     print(f"  {features} features in {dimensions} dimensions; components of linear1 against the columns of W")
-    print(f"  {'seed':<6} {'cosine':>8} {'length':>7} {'least':>7} {'most':>7}  alive (ever) in {', '.join(maps)}")
+    print(f"  {'':<6} {'those that are ever alive':^32}  {'all':^16}")
+    of_all = f"{'cosine':>8} {'length':>7}"
+    print(f"  {'seed':<6} {'cosine':>8} {'length':>7} {'least':>7} {'most':>7}  {of_all}  alive (ever) in {', '.join(maps)}")
     for of_seed in figures:
-        found, trained = of_seed["recovery"], of_seed["trained"]
+        found, by_all, trained = of_seed["recovery"], of_seed["recovery_by_all"], of_seed["trained"]
         alive = ", ".join(f"{trained['alive'][path]:.2f} ({trained['ever_alive'][path]})" for path in maps)
         print(
             f"  {of_seed['options']['seed']:<6} {found['mean_max_cosine_similarity']:>8.4f} {found['mean_length_ratio']:>7.4f} "
-            f"{found['least_length_ratio']:>7.4f} {found['largest_length_ratio']:>7.4f}  {alive}"
+            f"{found['least_length_ratio']:>7.4f} {found['largest_length_ratio']:>7.4f}  "
+            f"{by_all['mean_max_cosine_similarity']:>8.4f} {by_all['mean_length_ratio']:>7.4f}  {alive}"
         )
     for name, key in {"cosine": "mean_max_cosine_similarity", "length": "mean_length_ratio"}.items():
         values = [of_seed["recovery"][key] for of_seed in figures]

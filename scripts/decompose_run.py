@@ -20,8 +20,8 @@ from exactivations.lit_modules.component_file import write_components
 from exactivations.lit_modules.component_linear import singular_components, weight_of
 from exactivations.lit_modules.component_model import ComponentModel, maps_matching
 from exactivations.lit_modules.decomposition import Decomposition, Objective
-from exactivations.lit_modules.decomposition_evaluation import evaluate, largest_only
-from exactivations.lit_modules.language_model import ModelOptions, load_model
+from exactivations.lit_modules.decomposition_evaluation import evaluate, largest_only, missing_of
+from exactivations.lit_modules.language_model import ModelOptions, load_causal_model
 from exactivations.lit_modules.toy_superposition import recovery, sparse_features, train_toy_superposition
 from exactivations.scripts.decompose_report import tell_model, tell_toys
 from exactivations.scripts.trainers import trainer_on
@@ -98,20 +98,20 @@ def decompose_model(
 
     def figures() -> Figures:
         batches = StepBatches(text, text.identity)
-        decomposition = training.fit(_causal_model(name, options), maps, batches, machine, folder)
+        decomposition = training.fit(load_causal_model(name, options), maps, batches, machine, folder)
         components, device = decomposition.components, decomposition.device
         write_components(folder, components, {"model": name})
         write_ci_function(folder, decomposition.ci_function, components)
         unseen = [batch.to(device) for batch in text.held_out()]
         found = evaluate(components, decomposition.ci_function, unseen, "kl", seed=training.seed)
         n_kept = {path: max(1, math.ceil(alive)) for path, alive in found.alive.items()}
-        singular = _svd(_causal_model(name, options), maps, training.components).to(device)
+        singular = _svd(load_causal_model(name, options), maps, training.components).to(device)
         every = {path: of_map.n_components for path, of_map in singular.maps.items()}
         return {
             "trained": {**_plain(asdict(found)), "largest": largest_only(components, n_kept, unseen, "kl")},
             "svd": {
                 "n_components": every,
-                "missing": {path: _missing(singular, path) for path in every},
+                "missing": missing_of(singular),
                 "all_components": largest_only(singular, every, unseen, "kl"),
                 "largest": largest_only(singular, n_kept, unseen, "kl"),
             },
@@ -152,10 +152,11 @@ def _decompose_toy(toy: Toy, training: Training, machine: Machine, folder: Path)
     write_ci_function(folder, decomposition.ci_function, components)
     unseen = [batch_of(training.steps + step).to(decomposition.device) for step in range(EVALUATION_BATCHES)]
     found = evaluate(components, decomposition.ci_function, unseen, "mse", seed=training.seed)
-    linear1 = components.maps["linear1"]
-    alive = found.ever_alive["linear1"]
+    linear1, alive = components.maps["linear1"], found.ever_alive["linear1"]
+    v, u = linear1.V.detach().cpu(), linear1.U.detach().cpu()
     return {
-        "recovery": asdict(recovery(columns, linear1.V.detach().cpu(), linear1.U.detach().cpu(), alive)),
+        "recovery": asdict(recovery(columns, v, u, alive)),
+        "recovery_by_all": asdict(recovery(columns, v, u, torch.ones_like(alive))),
         "trained": _plain(asdict(found)),
     }
 
@@ -187,25 +188,12 @@ def _made(folder: Path, options: dict[str, Any], overwrite: bool, make: Callable
     return saved
 
 
-def _causal_model(name: str, options: ModelOptions) -> PreTrainedModel:
-    weights = load_model(name, options, "cpu", wants_head=lambda _: True)
-    if weights.whole is None or weights.random:
-        raise InvalidInputError(f"model {name!r} is no whole causal language model with its head, so it has no output to keep")
-    weights.whole.config.use_cache = False
-    return weights.whole
-
-
 def _svd(model: PreTrainedModel, maps: Sequence[str], n_components: int) -> ComponentModel:
     """Returns a model with so many singular components of each map, or all if it has fewer."""
     found = {path: weight_of(linear) for path, linear in maps_matching(model, maps).items()}
     return ComponentModel(
         model, {path: singular_components(weight, min(n_components, *weight.shape)) for path, weight in found.items()}
     )
-
-
-def _missing(components: ComponentModel, path: str) -> float:
-    of_map = components.maps[path]
-    return float(of_map.delta().detach().square().sum() / of_map.weight.square().sum())
 
 
 def _plain(figures: dict[str, Any]) -> Figures:

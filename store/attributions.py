@@ -203,11 +203,12 @@ def write_attributions(path: str | Path, attributions: Attributions) -> Path:
     tensors = {"output_probabilities": attributions.output_probabilities}
     # Copies, here and below, of what is part of a tensor of several sets or there twice: safetensors does not write such.
     tensors |= {f"original_alive/{layer}": mask.clone() for layer, mask in attributions.original_alive.items()}
-    pairs: dict[str, list[dict[str, object]]] = {}
+    sets: list[dict[str, object]] = []  # a list: what is written keeps no order of names
     for n, (name, of_set) in enumerate(attributions.by_set.items()):
         tensors |= {f"{n}/alive/{layer}": mask for layer, mask in attributions.alive[name].items()}
         tensors |= {f"{n}/{pair.source} -> {pair.target}": pair.values.clone() for pair in of_set}
-        pairs[name] = [{"source": p.source, "target": p.target, "is_kv_to_o_pair": p.is_kv_to_o_pair} for p in of_set]
+        pairs = [{"source": p.source, "target": p.target, "is_kv_to_o_pair": p.is_kv_to_o_pair} for p in of_set]
+        sets.append({"name": name, "pairs": pairs})
     content = {
         **asdict(attributions.made),
         "prompt": attributions.prompt,
@@ -215,7 +216,7 @@ def write_attributions(path: str | Path, attributions: Attributions) -> Path:
         "token_ids": attributions.token_ids,
         "output_tokens": {str(token): text for token, text in attributions.output_tokens.items()},
         "layers": list(next(iter(attributions.alive.values()))),
-        "sets": pairs,
+        "sets": sets,
     }
     return write_described(path, KIND, FORMAT_VERSION, content, tensors)
 
@@ -233,7 +234,8 @@ def read_attributions(path: str | Path) -> Attributions:
     _, tensors, content = read_described(path, KIND, FORMAT_VERSION, COMMAND)
     original = {layer: tensors[key] for layer in content["layers"] if (key := f"original_alive/{layer}") in tensors}
     alive, by_set = {}, {}
-    for n, (name, described) in enumerate(content["sets"].items()):
+    for n, described in enumerate(content["sets"]):
+        name = described["name"]
         alive[name] = {layer: tensors[f"{n}/alive/{layer}"] for layer in content["layers"]}
         by_set[name] = [
             PairAttribution.between(
@@ -244,7 +246,7 @@ def read_attributions(path: str | Path) -> Attributions:
                 alive[name],
                 original,
             )
-            for pair in described
+            for pair in described["pairs"]
         ]
     made = Made(*(content[name] for name in ("model", "ci_threshold", "output_threshold", "unmasked", "own")))
     return Attributions(

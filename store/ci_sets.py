@@ -6,6 +6,7 @@ A causal importance in [0, 1] says of a component at a position how much the mod
 """
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,8 @@ class CiSets:
     """N sets of causal importances, of the same components at the same positions of one prompt.
 
     Attributes:
-        prompt: The text.
-        names: The sets' names, N of them.
+        prompt: The text, Unicode without lone surrogates.
+        names: The sets' names, N of them; plain file names, since what is written of a set is called as the set.
         values: By layer (the path of a decomposed map) float32 [N, L, C], in [0, 1]; L is the same for all.
 
     Raises:
@@ -39,6 +40,14 @@ class CiSets:
     def __post_init__(self) -> None:
         if not self.names or len(set(self.names)) != len(self.names):
             raise InvalidInputError(f"sets need names, each another one, got {list(self.names)}")
+        for name in self.names:
+            if name in ("", ".", "..") or name.endswith(".safetensors") or any(map(_is_no_part_of_a_file_name, name)):
+                raise InvalidInputError(
+                    f"set {name!r}: what is written of a set is called as the set, so its name must be a file name: not empty, '.' "
+                    "or '..', without / and \\, control characters and lone surrogates, and not ending in .safetensors; rename it"
+                )
+        if any(unicodedata.category(character) == "Cs" for character in self.prompt):
+            raise InvalidInputError(f"the prompt {shown(self.prompt)} has a lone surrogate, which is half a character: take it out")
         if not self.values:
             raise InvalidInputError(f"set {self.names[0]!r} has no layers: give the causal importances of at least one")
         first = next(iter(self.values))
@@ -116,10 +125,10 @@ def read_ci_sets(path: str | Path) -> CiSets:
     try:
         content = json.loads(Path(path).read_text(), object_pairs_hook=_without_doubles)
         return _sets_of(content)
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidInputError(f"{path} cannot be read as JSON: {error}") from error
     except InvalidInputError as error:
         raise InvalidInputError(f"{path}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: no JSON, no Unicode, or a number of too many digits
+        raise InvalidInputError(f"{path} cannot be read as JSON: {error}") from error
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -171,6 +180,10 @@ def _tensor_of(rows: Any, where: str) -> Tensor:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise _not_an_importance(where, position, component, value)
     return torch.tensor(rows, dtype=torch.float32)
+
+
+def _is_no_part_of_a_file_name(character: str) -> bool:
+    return character in "/\\" or unicodedata.category(character) in ("Cc", "Cs")
 
 
 def _not_an_importance(where: str, position: int, component: int, value: object) -> InvalidInputError:

@@ -22,8 +22,13 @@ SCORE = "score/"  # before the name of what is known of each token
 class Tokenizer(Protocol):
     """What makes texts of ids; a Hugging Face tokenizer does."""
 
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> Any:
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, *, clean_up_tokenization_spaces: bool | None = None) -> Any:
         """Returns the text of some ids."""
+
+
+def decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Returns the text of ids, special tokens too. Spaces are not cleaned up, which would change them in front of later tokens."""
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,7 @@ class CompletionStore:
         )
 
     def _text(self, ids: Tensor) -> str | None:
-        return None if self.tokenizer is None else str(self.tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+        return None if self.tokenizer is None else decoded(self.tokenizer, ids.tolist())
 
 
 class _Shard:

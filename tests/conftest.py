@@ -10,8 +10,12 @@ os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 from jaxtyping import install_import_hook
 
 SHAPED = tuple(
-    f"lit_modules.{name}" for name in ("pooling", "logistic", "logistic_hessian", "logistic_loss", "centred_rows", "batched_newton")
-)
+    f"lit_modules.{name}"
+    for name in (
+        "pooling", "logistic", "logistic_hessian", "logistic_loss", "centred_rows", "batched_newton", "component_cut",
+        "attribution_paths", "row_attributions", "causal_importance", "decomposition_losses",
+    )
+)  # fmt: skip
 install_import_hook([f"exactivations.{name}" for name in SHAPED], "beartype.beartype")
 
 import torch  # noqa: E402  # after the hook, so that shapes are checked

@@ -9,6 +9,7 @@ from torch import nn
 from exactivations.lit_modules.causal_importance import (
     CausalImportanceFunction,
     hard_sigmoid,
+    hard_sigmoid_with_lower_leaky_gradient,
     lower_leaky_hard_sigmoid,
     upper_leaky_hard_sigmoid,
 )
@@ -28,6 +29,15 @@ def test_sigmoids_have_the_published_values_and_slopes(sigmoid):
     values, slopes = (torch.tensor(wanted, dtype=torch.float64) for wanted in SIGMOIDS[sigmoid])
     torch.testing.assert_close(sigmoid(x), values, rtol=0, atol=1e-15)
     torch.testing.assert_close(torch.autograd.grad(sigmoid(x).sum(), x)[0], slopes, rtol=0, atol=1e-15)
+
+
+def test_the_lower_leak_of_the_gradient_alone_leaves_values_clipped_and_lets_pass_only_what_raises_them():
+    x = torch.tensor(X, dtype=torch.float64, requires_grad=True)
+    for direction, slopes in ((-1, [0.01, 0.01, 1, 1, 0, 0]), (1, [0, 0, 1, 1, 0, 0])):  # descent goes against the gradient
+        values = hard_sigmoid_with_lower_leaky_gradient(x)
+        assert torch.equal(values, hard_sigmoid(x))
+        (gradient,) = torch.autograd.grad((direction * values).sum(), x)
+        torch.testing.assert_close(gradient, direction * torch.tensor(slopes, dtype=torch.float64), rtol=0, atol=1e-15)
 
 
 @given(leading=st.lists(st.integers(0, 4), max_size=3), c=st.integers(1, 5), h=st.integers(1, 4))

@@ -125,6 +125,25 @@ def test_only_what_is_alive_by_the_models_own_importances_takes_part():
     assert found.before_sigmoid.shape[1] == sum(int((of_map > 0).sum()) for of_map in own.values())
 
 
+def test_where_nothing_is_random_more_than_one_seed_is_refused():
+    components = decomposed(dtype=torch.float32, n_components=3)
+    own = {path: torch.ones(len(IDS), 3) for path in components.maps}
+    with pytest.raises(InvalidInputError, match=r"2 seeds would all give one set: .* nothing is random; give one seed"):
+        CiOptimisation(components, IDS, [0, 1], CiOptions(masks="ci"), own=own)
+    assert CiOptimisation(components, IDS, [4], CiOptions(masks="ci"), own=own).seeds == (4,)
+
+
+def test_a_model_in_training_mode_has_no_dropout_in_it_and_stays_in_that_mode():
+    components, options = decomposed("gpt2", n_components=3), CiOptions(steps=5)
+    expected = fitted(components, [7], options)
+    components.model.train()
+    assert any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in components.modules())
+    found = fitted(components, [11, 7], options)
+    assert found.own_probability == pytest.approx(expected.own_probability, abs=1e-12)
+    torch.testing.assert_close(found.before_sigmoid[1], expected.before_sigmoid[0], atol=1e-9, rtol=0)
+    assert components.model.training
+
+
 def test_a_model_in_half_precision_is_optimised_in_float32():
     optimisation = fitted(decomposed(dtype=torch.bfloat16, n_components=4), [0], CiOptions(steps=3))
     assert optimisation.before_sigmoid.dtype == torch.float32

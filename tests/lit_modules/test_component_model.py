@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from exactivations.lit_modules.component_linear import ComponentLinear
 from exactivations.lit_modules.component_model import ComponentModel, maps_matching
@@ -124,6 +126,36 @@ def test_what_does_not_fit_is_refused():
         pass
     with refuses("a delta mask was given for 0"), components.masked({}, {"0": torch.ones(2)}):
         pass
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class Normalised(nn.Linear):
+    """As the head of Baichuan 2."""
+
+    def forward(self, x):
+        return functional.linear(x, functional.normalize(self.weight), self.bias)
+
+
+class Quantised(nn.Linear):
+    """As BitNet's maps: weights of -1, 0 and 1 times a scale."""
+
+    def forward(self, x):
+        scale = self.weight.abs().mean()
+        return functional.linear(x, (self.weight / scale).round().clamp(-1, 1) * scale, self.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_subclass_is_taken_for_a_linear_map_if_it_computes_one(dtype):
+    torch.manual_seed(0)
+    for kind in (nn.Linear, FalconLinear):
+        ComponentModel.from_svd(nn.Sequential(nn.ReLU(), kind(64, 48)).to(dtype), ["1"])
+    for kind in (Scaled, Normalised, Quantised):
+        with refuses(rf"1: this {kind.__name__} does not compute x @ weight \+ bias, .* leave it out"):
+            ComponentModel.from_svd(nn.Sequential(nn.ReLU(), kind(64, 48)).to(dtype), ["1"])
 
 
 def test_a_map_that_runs_twice_in_one_forward_pass_is_refused_and_two_passes_are_not():

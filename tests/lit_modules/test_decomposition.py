@@ -174,7 +174,6 @@ def test_the_toy_model_is_its_formula_and_the_identity_changes_nothing():
 
 def test_a_language_model_is_decomposed_saved_and_read_back(tmp_path):
     model = language_model("gpt2", dtype=torch.float32)
-    model.config.use_cache = False
     model.train()  # dropout would make the target another one in each forward pass
     module = decomposition(Objective("kl", 1e-3, 2.0), n_components=6, model=model)
     fit(module, StepBatches(lambda step: IDS.roll(step, 1), {}), 3)

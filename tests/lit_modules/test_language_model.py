@@ -8,7 +8,8 @@ import transformers as t
 from safetensors.torch import load_file, save_file
 
 from exactivations.lit_modules import ActivationExtractor, ModelOptions
-from exactivations.lit_modules.language_model import load_model, refuse_rounded_buffers, weights_hash
+from exactivations.lit_modules.language_model import load_causal_model, load_model, refuse_rounded_buffers, weights_hash
+from exactivations.scripts.component_loading import load_components
 from exactivations.store.errors import InvalidInputError
 
 from .models import CAUSAL, CONFIGS, in_dtype, tiny_model
@@ -85,6 +86,8 @@ def test_a_checkpoint_that_lost_its_head_has_a_body_and_no_whole(saved, tmp_path
     loaded = load_model(str(tmp_path), ModelOptions(), "cpu", wants_head=lambda body: True)
     assert loaded.whole is None and loaded.random == frozenset()
     assert weights_hash(loaded.body) == weights_hash(model.model)
+    with pytest.raises(InvalidInputError, match="is no whole causal language model with its head: name one"):
+        load_causal_model(str(tmp_path), ModelOptions())
 
 
 def test_a_checkpoint_that_lost_a_weight_of_its_body_tells_it_with_its_head_as_without(saved, tmp_path):
@@ -95,6 +98,9 @@ def test_a_checkpoint_that_lost_a_weight_of_its_body_tells_it_with_its_head_as_w
     loaded = [load_model(str(tmp_path), ModelOptions(), "cpu", wants_head=wants) for wants in (None, lambda body: True)]
     assert [weights.random for weights in loaded] == [{"layers.1.mlp.up_proj.weight"}] * 2
     assert loaded[1].whole is not None
+    for load in (load_causal_model, lambda name, options: load_components(name, options, None, ["*.q_proj"], None)):
+        with pytest.raises(InvalidInputError, match=r"no whole .* head \(it lacks layers\.1\.mlp\.up_proj\.weight\): name one"):
+            load(str(tmp_path), ModelOptions())
 
 
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])

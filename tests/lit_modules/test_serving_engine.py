@@ -1,24 +1,19 @@
 """The engine: whoever asks for what and when, each gets what is generated in process for it alone, and gets it once."""
 
+import itertools
 import queue
 import random
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 
 from exactivations.lit_modules.decoding import Decoding, Prompts, generate
 from exactivations.lit_modules.model_pair import ModelPair
-from exactivations.lit_modules.serving_engine import (
-    Ask,
-    Drawn,
-    EngineDeadError,
-    Limits,
-    QueueFullError,
-    ServingEngine,
-    _rows,
-)
+from exactivations.lit_modules.serving_engine import MEMORY, ServingEngine, _rows
+from exactivations.lit_modules.serving_tickets import Ask, Drawn, Ended, EngineDeadError, Limits, QueueFullError
 from exactivations.store.errors import InvalidInputError
 
 from .pairs import EOS, FAMILIES, language_model, pair
@@ -243,3 +238,63 @@ def test_what_can_never_be_generated_is_refused():
     stretched = ModelPair(language_model("llama", 0, rope_parameters=scaled), language_model("llama", 1))
     with pytest.raises(InvalidInputError, match="would depend on its neighbours"):
         ServingEngine(stretched, Limits(), Watching())
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("too much")
+
+
+def test_prompts_that_find_no_memory_end_alone_and_the_others_go_on():
+    draw = random.Random(7)
+    with Running() as running:
+        running.may_go.clear()
+        good = ask_of(draw, alpha=0.0, scores=False, max_new_tokens=16, ignore_eos=True)
+        _, (first,) = running.submit(good)
+        while running.engine.n_waiting:
+            time.sleep(0.01)
+        handle = running.models.before.register_forward_pre_hook(out_of_memory)  # which the first one does not need
+        _, (second,) = running.submit(ask_of(draw, alpha=1.0))
+        running.may_go.set()
+        ended = second.get(timeout=30)
+        handle.remove()
+        assert ended == Ended("memory", MEMORY)
+        assert outcome(first)[0] == in_process(running.models, good)[0]
+        _, (third,) = running.submit(good)
+        assert outcome(third)[0] == in_process(running.models, good)[0] and running.engine.trouble is None
+
+
+def test_a_step_that_finds_no_memory_ends_the_batch_and_not_the_engine():
+    draw, n_passes = random.Random(8), itertools.count(1)
+    with Running() as running:
+        asks = [ask_of(draw, alpha=1.0, max_new_tokens=16, ignore_eos=True) for _ in range(2)]
+        handle = running.models.before.register_forward_pre_hook(lambda *_: out_of_memory() if next(n_passes) == 4 else None)
+        _, events = running.submit(*asks)
+        for one in events:
+            one.get(timeout=20)
+        assert [outcome(one)[1] for one in events] == ["memory"] * 2
+        handle.remove()
+        _, (again,) = running.submit(asks[0])
+        assert outcome(again)[0] == in_process(running.models, asks[0])[0] and running.engine.n_running == 0
+
+
+def test_the_prompts_own_caches_are_gone_before_rows_join(monkeypatch):
+    made, left = [], []
+
+    class Watched(Prompts):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            made.append(weakref.ref(self))
+
+    join = Decoding.join
+
+    def watched_join(self, other):
+        left.append([one() for one in made if one() is not None])
+        return join(self, other)
+
+    monkeypatch.setattr("exactivations.lit_modules.serving_engine.Prompts", Watched)
+    monkeypatch.setattr(Decoding, "join", watched_join)
+    draw = random.Random(9)
+    with Running() as running:
+        _, events = running.submit(*[ask_of(draw, scores=scores, alpha=1.0) for scores in (False, True)])
+        assert {outcome(one)[1] for one in events} <= {"eos", "length"}
+    assert left == [[]] and len(made) == 1

@@ -16,7 +16,8 @@ from exactivations.datamodules.tokenization import tokenizer_hash
 from exactivations.lit_modules.amplification import LogitDiffAmplifier
 from exactivations.lit_modules.decoding import Decoding, Prompts, Rows, generate
 from exactivations.lit_modules.row_sampling import RowSampling
-from exactivations.lit_modules.serving_engine import Limits, ServingEngine
+from exactivations.lit_modules.serving_engine import ServingEngine
+from exactivations.lit_modules.serving_tickets import Limits
 from exactivations.lit_modules.tokenizer_compatibility import tokenizer_compatibility
 from exactivations.scripts.serve_app import About, serving_app
 from exactivations.scripts.serve_metrics import Metrics

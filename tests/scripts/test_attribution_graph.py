@@ -14,6 +14,7 @@ from exactivations.scripts.attribution_edges import AttributionGraph, Edges, gra
 from exactivations.scripts.attribution_graph import attribution_graph
 from exactivations.scripts.attribution_layout import place, rows_of, shown_token
 from exactivations.scripts.attribution_plot import NEGATIVE, OF_SETS, POSITIVE, comparison_figure, drawable, graph_figure
+from exactivations.scripts.main import main
 from exactivations.store.attributions import OUTPUT, WTE, write_attributions
 from exactivations.store.errors import InvalidInputError, StoreError
 from tests.scripts.attribution_results import EMPTY, MAPS, TOKENS, attributions_of, edges_by_hand
@@ -174,7 +175,7 @@ def test_an_empty_set_is_drawn_and_said_to_be_empty():
 def test_the_command_writes_pictures_and_page_and_tells_counts(tmp_path, capsys):
     attributions = attributions_of(("seed_0", "seed 1/x"))
     write_attributions(tmp_path, attributions)
-    attribution_graph(str(tmp_path), edges=20)
+    main(["attribution-graph", str(tmp_path), "--edges", "20"])
     said = capsys.readouterr().out
     names = {"seed_0.png", "seed_1_x.png", "comparison.png", "graph.html"}
     assert names < {path.name for path in tmp_path.iterdir()}
@@ -183,6 +184,15 @@ def test_the_command_writes_pictures_and_page_and_tells_counts(tmp_path, capsys)
     assert max(shown) == 20
     attribution_graph(str(tmp_path / "attributions.safetensors"), out=str(tmp_path / "again"), edges=20)
     assert {name: (tmp_path / "again" / name).read_bytes() for name in names} == before
+
+
+@pytest.mark.parametrize("n", [1, 9])
+def test_where_no_picture_compares_the_sets_that_is_said_and_none_of_others_is_left(n, tmp_path, capsys):
+    write_attributions(tmp_path, attributions_of(tuple(f"s{number}" for number in range(n))))
+    (tmp_path / "comparison.png").write_bytes(b"of other sets")
+    attribution_graph(str(tmp_path), edges=5)
+    assert not (tmp_path / "comparison.png").exists()
+    assert ("no comparison.png: it compares up to 8 sets, by colour, and there are 9" in capsys.readouterr().out) == (n == 9)
 
 
 def test_bad_input_is_refused(tmp_path):

@@ -1,11 +1,9 @@
 """`decompose` and `decompose-toy`, in process: what they write, that they go on, and what they refuse."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
 from exactivations.datamodules.embedded import DEMO_MODEL
@@ -13,10 +11,10 @@ from exactivations.lit_modules.ci_function_file import causal_importances, read_
 from exactivations.lit_modules.component_file import read_components
 from exactivations.scripts import decompose_run
 from exactivations.scripts.decompose import decompose, decompose_toy
+from exactivations.scripts.main import main
 from exactivations.store.errors import IdentityError, InvalidInputError
 
 TOY = {"components": 6, "batch_size": 8, "toy_steps": 5, "toy_batch_size": 8, "save_every": 2}
-CONFIGS = Path(decompose_run.__file__).with_name("configs")
 
 
 def test_a_language_model_is_decomposed_and_what_is_written_works_on_it(tmp_path, capsys):
@@ -67,10 +65,26 @@ def test_toys_of_several_seeds_are_told_and_a_stopped_one_goes_on_to_the_same_en
         assert (stopped / "seed-0" / name).read_bytes() == (whole / "seed-0" / name).read_bytes()
     assert not (stopped / "seed-0" / "checkpoint.ckpt").exists()
     figures = json.loads((whole / "seed-3" / "figures.json").read_text())
-    assert figures["options"]["seed"] == 3 and 0 < figures["recovery"]["mean_max_cosine_similarity"] <= 1
+    alive, every = figures["recovery"], figures["recovery_by_all"]
+    assert figures["options"]["seed"] == 3 and 0 < alive["mean_max_cosine_similarity"] <= every["mean_max_cosine_similarity"] <= 1
+    (line,) = [line for line in told.splitlines() if line.split()[:1] == ["3"]]
+    expected = [*alive.values(), every["mean_max_cosine_similarity"], every["mean_length_ratio"]]
+    assert line.split()[1:7] == [f"{value:.4f}" for value in expected]
 
 
-def test_the_shipped_configuration_runs(tmp_path, capsys):
-    options = yaml.safe_load((CONFIGS / "toy-40-10.yaml").read_text())
-    decompose_toy(out=str(tmp_path), seeds=[0], **{**options, **TOY, "components": 200, "steps": 1})
-    assert "40 features in 10 dimensions" in capsys.readouterr().out
+def test_from_the_command_line_maps_seeds_and_the_shipped_configuration(tmp_path, capsys):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("".join(f"def f{i}(x):\n" for i in range(30)))
+    asked = ["decompose", "demo", "--dataset", texts, "--out", tmp_path / "demo", "--maps", "*.1.mlp.*", "*.2.attention.dense"]
+    main([*map(str, [*asked, "--components", 3, "--steps", 1, "--held-out", 1, "--token-budget", 20, "--accelerator", "cpu"])])
+    assert set(json.loads((tmp_path / "demo" / "components.json").read_text())["maps"]) == {
+        "gpt_neox.layers.1.mlp.dense_h_to_4h", "gpt_neox.layers.1.mlp.dense_4h_to_h", "gpt_neox.layers.2.attention.dense",
+    }  # fmt: skip
+    small = [word for name, n in TOY.items() for word in (f"--{name.replace('_', '-')}", n) if name != "components"]
+    asked = ["decompose-toy", "--config", "toy-40-10", "--seeds", 0, 1, 2, "--steps", 1, "--out", tmp_path / "toy"]
+    main([*map(str, [*asked, *small])])
+    told = capsys.readouterr().out
+    assert "40 features in 10 dimensions" in told and "over 3 seeds" in told
+    for seed in (0, 1, 2):
+        options = json.loads((tmp_path / "toy" / f"seed-{seed}" / "figures.json").read_text())["options"]
+        assert (options["seed"], options["features"], options["components"]) == (seed, 40, 200)

@@ -10,6 +10,7 @@ from exactivations.lit_modules.ci_function_file import causal_importances, write
 from exactivations.lit_modules.component_file import write_components
 from exactivations.lit_modules.language_model import ModelOptions
 from exactivations.scripts.component_loading import load_components
+from exactivations.scripts.main import main
 from exactivations.scripts.optimise_ci import optimise_ci
 from exactivations.store.ci_sets import read_ci_sets
 from exactivations.store.errors import InvalidInputError
@@ -21,7 +22,8 @@ COMMON = {"prompt": PROMPT, "steps": 12, "accelerator": "cpu"}
 
 def test_the_file_holds_a_set_for_each_seed_and_the_table_counts_them(tmp_path, capsys):
     out = tmp_path / "sets.json"
-    optimise_ci("demo", svd=MAPS, n_components=4, seeds=[3, 0], out=str(out), learning_rate=0.2, **COMMON)
+    asked = ["--prompt", PROMPT, "--svd", *MAPS, "--n-components", "4", "--seeds", "3", "0", "--out", str(out), "--steps", "12"]
+    main(["optimise-ci", "demo", *asked, "--learning-rate", "0.2", "--accelerator", "cpu"])
     sets, said = read_ci_sets(out), capsys.readouterr().out
     assert sets.prompt == PROMPT
     assert sets.names == ("seed_3", "seed_0")
@@ -36,6 +38,17 @@ def test_the_file_holds_a_set_for_each_seed_and_the_table_counts_them(tmp_path, 
     optimise_ci("demo", svd=MAPS, n_components=4, seeds=[0], out=str(again), learning_rate=0.2, **COMMON)
     for path, values in read_ci_sets(again).values.items():
         torch.testing.assert_close(values[0], sets.values[path][1], atol=1e-4, rtol=0)
+
+
+def test_a_file_that_is_there_is_replaced_only_where_that_is_asked_for(tmp_path):
+    out = tmp_path / "sets.json"
+    out.write_text("hours of work")
+    asked = {**COMMON, "svd": MAPS, "n_components": 2, "seeds": [0], "steps": 1, "out": str(out)}
+    with pytest.raises(InvalidInputError, match=r"sets\.json is there already: name another file, or pass --overwrite"):
+        optimise_ci("demo", **asked)
+    assert out.read_text() == "hours of work"
+    optimise_ci("demo", **asked, overwrite=True)
+    assert read_ci_sets(out).names == ("seed_0",)
 
 
 def test_a_ci_function_says_what_takes_part_and_is_a_set_of_its_own(tmp_path):

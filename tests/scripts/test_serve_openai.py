@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from exactivations.lit_modules.row_sampling import row_seed
-from exactivations.lit_modules.serving_engine import Limits
+from exactivations.lit_modules.serving_tickets import Limits
 from exactivations.scripts.serve_work import RequestLimits
 
 from .served import PROMPT, in_process, models, serving, tokenizer

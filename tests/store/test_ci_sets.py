@@ -1,6 +1,7 @@
 """Sets of causal importances come back as they were written; what is none of them is refused by set, layer and position."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -49,9 +50,14 @@ def test_the_documents_format_is_read_layer_by_layer_whatever_the_order_in_a_set
     assert one.names == ("seed_1",) and torch.equal(one.values["h.1"][0], sets.values["h.1"][1])
 
 
+FILE_NAMES = st.text(st.characters(exclude_categories=["Cc", "Cs"], exclude_characters="/\\"), min_size=1, max_size=5).filter(
+    lambda name: name not in (".", "..")
+)
+
+
 @given(
     st.text(max_size=20),
-    st.lists(st.text(max_size=5), min_size=1, max_size=3, unique=True),
+    st.lists(FILE_NAMES, min_size=1, max_size=3, unique=True),
     st.dictionaries(st.text(max_size=5), st.integers(1, 4), min_size=1, max_size=3),
     st.integers(1, 3),
     st.randoms(use_true_random=False),
@@ -126,6 +132,8 @@ def test_files_that_are_none_of_these_are_refused(tmp_path):
         read_ci_sets(tmp_path / "missing.json")
     with refuses("'seed_0' is there twice"):
         read('{"prompt": "", "ci_sets": {"seed_0": {"h": [[0]]}, "seed_0": {"h": [[1]]}}}', tmp_path)
+    with refuses(r"ci\.json cannot be read as JSON: Exceeds the limit"):
+        read(json.dumps(GOOD).replace("0.125", "1" * 5000), tmp_path)
     one = read(GOOD, tmp_path)
     with pytest.raises(StoreError, match="cannot write"):
         write_ci_sets(tmp_path / "nowhere" / "ci.json", one)
@@ -139,3 +147,15 @@ def test_files_that_are_none_of_these_are_refused(tmp_path):
         CiSets("", ("s",), {"a": torch.tensor([[[0.0], [torch.inf]]])})
     with refuses("sets need names, each another one"):
         CiSets("", ("s", "s"), {"a": torch.ones(2, 2, 2)})
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../../evil", "a/b", "a\\b", "a\n", "\x00", "\x85", "\udc80", "x.safetensors"])
+def test_names_of_sets_that_are_no_file_names_are_refused(name, tmp_path):
+    content = {**GOOD, "ci_sets": {name: GOOD["ci_sets"]["seed_0"]}}
+    with refuses(f"ci.json: set {re.escape(repr(name))}: what is written of a set is called as the set"):
+        read(content, tmp_path)
+
+
+def test_a_prompt_that_is_no_text_is_refused(tmp_path):
+    with refuses(r"ci\.json: the prompt '\\ud800' has a lone surrogate"):
+        read({**GOOD, "prompt": "\ud800"}, tmp_path)
