@@ -211,7 +211,7 @@ def _bytes_of_a_gradient(passed: CutPass, paths: Paths, writers: Mapping[str, Wr
     end = passed.ends[paths.target]
     numbers = end.numel() + sum(passed.starts[source].numel() for source in paths.sources)
     numbers += 3 * max(writers[source].is_there.numel() for source in paths.sources)
-    attention = 3 * end[..., 0].numel() * end.shape[1] * max(1, end.shape[-1] // 64) if paths.over_positions else 0
+    attention = 3 * end.shape[:-1].numel() * end.shape[1] * max(1, end.shape[-1] // 64) if paths.over_positions else 0
     return end.element_size() * (2 * numbers + attention)
 
 

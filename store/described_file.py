@@ -18,7 +18,7 @@ def write_described(path: str | Path, kind: str, version: int, content: Mapping[
         path: The file, *.safetensors, or a folder, where it is called by its kind. Folders are made.
         kind: What it is.
         version: Of the format of this kind.
-        content: The description. Names are written in the order of the alphabet: what has an order of its own is a list.
+        content: The description. No order of names is kept: what has one is a list.
         tensors: By name.
 
     Returns:
@@ -32,7 +32,7 @@ def write_described(path: str | Path, kind: str, version: int, content: Mapping[
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_shard(path, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, described)
-        write_text_atomically(path.with_suffix(".json"), json.dumps(described, indent=1, sort_keys=True) + "\n")
+        write_text_atomically(path.with_suffix(".json"), json.dumps(described, indent=1) + "\n")
     except OSError as error:
         raise StoreError(f"cannot write {path}: {error}") from error
     return path
