@@ -27,7 +27,7 @@ from exactivations.lit_modules.decomposition_losses import (
 from exactivations.lit_modules.language_model import forward_arguments
 from exactivations.store.errors import IdentityError, InvalidInputError
 
-ALIVE = 0.1
+CLEARLY_ALIVE = 0.1
 """A component counts as alive where its causal importance is above this."""
 
 
@@ -156,7 +156,7 @@ class Decomposition(pl.LightningModule):
             ).mean(),
         }
         total = torch.stack([getattr(objective, name) * loss for name, loss in losses.items()]).sum()
-        alive = {f"L0/{path}": (values > ALIVE).sum(-1).float().mean() for path, values in raw.items()}
+        alive = {f"L0/{path}": (values > CLEARLY_ALIVE).sum(-1).float().mean() for path, values in raw.items()}
         self.log_dict({**losses, "L0": torch.stack([*alive.values()]).mean()}, prog_bar=True, batch_size=len(batch))
         self.log_dict(alive, batch_size=len(batch))
         return total

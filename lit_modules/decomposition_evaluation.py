@@ -10,7 +10,7 @@ from torch import Tensor
 from exactivations.datamodules.step_batches import generator_at
 from exactivations.lit_modules.causal_importance import CausalImportanceFunction, hard_sigmoid
 from exactivations.lit_modules.component_model import ComponentModel
-from exactivations.lit_modules.decomposition import ALIVE, outputs_of, raw_importances
+from exactivations.lit_modules.decomposition import CLEARLY_ALIVE, outputs_of, raw_importances
 from exactivations.lit_modules.decomposition_losses import Divergence, divergence, sampled_masks
 from exactivations.store.errors import InvalidInputError
 
@@ -70,7 +70,7 @@ def evaluate(
         target, raw = raw_importances(components, ci_function, batch)
         importances = {path: hard_sigmoid(values) for path, values in raw.items()}
         for path, g in importances.items():
-            at_position = g > ALIVE
+            at_position = g > CLEARLY_ALIVE
             alive[path].add(at_position.sum(-1).float().mean(), target)
             ever[path] |= at_position.flatten(0, -2).any(0).cpu()
         for way, masks_of in ways.items():

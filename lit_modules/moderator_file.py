@@ -21,7 +21,8 @@ from exactivations.lit_modules.probe_results import MAX_FPR
 from exactivations.lit_modules.prototype_grid import METRICS, Mixture, PrototypeGrid
 from exactivations.lit_modules.prototypes import Prototypes
 from exactivations.lit_modules.run_description import versions
-from exactivations.lit_modules.saved_file import Saved, read_saved, write_saved
+from exactivations.lit_modules.saved_file import Saved, write_saved
+from exactivations.store.described_file import read_described
 from exactivations.store.errors import InvalidInputError
 from exactivations.store.means_file import MODEL_ABOUT, at_points, hashes_as_bytes, keys_of, refuse_another_origin
 from exactivations.store.run_folder import fingerprint_of
@@ -184,7 +185,7 @@ def load_moderator(path: str | Path) -> SavedModerator:
         StoreError: If there is none, or it is of another version.
         CorruptShardError: If the file is damaged.
     """
-    path, tensors, content = read_saved(path, KIND, FORMAT_VERSION, COMMAND)
+    path, tensors, content = read_described(path, KIND, FORMAT_VERSION, COMMAND)
     n_classes = len(content["classes"])
     log_priors = torch.full((n_classes,), 1 / n_classes, dtype=torch.float64).log()
     prototypes: dict[str, dict[str, Prototypes]] = {}

@@ -17,7 +17,8 @@ from exactivations.lit_modules.probe_results import MAX_FPR, ProbeResults
 from exactivations.lit_modules.probe_scores import probabilities
 from exactivations.lit_modules.probes import ProbeSweep
 from exactivations.lit_modules.run_description import versions
-from exactivations.lit_modules.saved_file import Saved, read_saved, write_saved
+from exactivations.lit_modules.saved_file import Saved, write_saved
+from exactivations.store.described_file import read_described
 from exactivations.store.errors import InvalidInputError
 from exactivations.store.means_file import origin_of
 from exactivations.store.run_folder import RunInfo
@@ -148,7 +149,7 @@ def load_probes(path: str | Path) -> SavedProbes:
         StoreError: If there are none, or they are of another version.
         CorruptShardError: If the file is damaged.
     """
-    path, tensors, content = read_saved(path, KIND, FORMAT_VERSION, "probe")
+    path, tensors, content = read_described(path, KIND, FORMAT_VERSION, "probe")
     by_vector: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, _, parameter = key.rpartition("//")

@@ -249,6 +249,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*fit will run with no optimizer.*")  # exact probes have no use for one
     warnings.filterwarnings("ignore", message=".*Experiment logs directory.*")  # it was asked for, or refused before
     warnings.filterwarnings("ignore", message=".*isinstance.treespec.*")  # Lightning's own use of torch
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # dropout is off on purpose
     warnings.filterwarnings("ignore", message=".*GPU available but not used.*")  # the user chose
 
 

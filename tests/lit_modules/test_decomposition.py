@@ -13,7 +13,7 @@ from exactivations.datamodules.step_batches import StepBatches, generator_at
 from exactivations.lit_modules.causal_importance import lower_leaky_hard_sigmoid, upper_leaky_hard_sigmoid
 from exactivations.lit_modules.ci_function_file import causal_importances, read_ci_function, write_ci_function
 from exactivations.lit_modules.component_model import ComponentModel
-from exactivations.lit_modules.decomposition import ALIVE, Decomposition, Objective
+from exactivations.lit_modules.decomposition import CLEARLY_ALIVE, Decomposition, Objective
 from exactivations.lit_modules.toy_superposition import ToySuperposition, recovery, sparse_features, train_toy_superposition
 from exactivations.store.errors import CorruptShardError, IdentityError, InvalidInputError
 
@@ -138,9 +138,9 @@ def test_a_short_training_finds_the_features_of_a_toy_model():
     toy, linear1 = trained_toy(), module.components.maps["linear1"]
     x = sparse_features(4096, 5, torch.Generator().manual_seed(9))
     importances = causal_importances(module.components, module.ci_function, x)["linear1"]
-    found = recovery(toy.linear1.weight.detach().T, linear1.V.detach(), linear1.U.detach(), (importances > ALIVE).any(0))
+    found = recovery(toy.linear1.weight.detach().T, linear1.V.detach(), linear1.U.detach(), (importances > CLEARLY_ALIVE).any(0))
     assert found.mean_max_cosine_similarity > 0.98 and abs(found.mean_length_ratio - 1) < 0.05
-    assert (importances > ALIVE).sum(1).float().mean() < 0.4  # a quarter of a feature is there on average
+    assert (importances > CLEARLY_ALIVE).sum(1).float().mean() < 0.4  # a quarter of a feature is there on average
 
 
 def test_recovery_is_perfect_for_the_columns_themselves_and_looks_at_what_is_alive_only():

@@ -9,7 +9,7 @@ from torch.nn import functional
 from exactivations.lit_modules.causal_importance import CausalImportanceFunction
 from exactivations.lit_modules.ci_function_file import causal_importances
 from exactivations.lit_modules.component_model import ComponentModel
-from exactivations.lit_modules.decomposition import ALIVE
+from exactivations.lit_modules.decomposition import CLEARLY_ALIVE
 from exactivations.lit_modules.decomposition_evaluation import evaluate, largest_only
 from exactivations.store.errors import InvalidInputError
 
@@ -48,7 +48,7 @@ def test_alive_components_are_counted_over_all_positions(exact):
     components, ci_function = exact
     found = evaluate(components, ci_function, BATCHES, "kl")
     for path in components.maps:
-        alive = torch.cat([causal_importances(components, ci_function, ids)[path].flatten(0, 1) for ids in BATCHES]) > ALIVE
+        alive = torch.cat([causal_importances(components, ci_function, ids)[path].flatten(0, 1) for ids in BATCHES]) > CLEARLY_ALIVE
         assert found.alive[path] == pytest.approx(float(alive.double().sum(1).mean()), rel=1e-6)
         assert torch.equal(found.ever_alive[path], alive.any(0))
 

@@ -121,7 +121,7 @@ def test_other_files_and_probes_that_are_not_there_are_refused(saved, tmp_path):
         InvalidInputError, match=r"has no probe 'resid_post.9/mean'; it has resid_post.1/mean, .*, ensemble: stacked"
     ):
         probes.vectors_of("resid_post.9/mean")
-    with pytest.raises(StoreError, match="does not exist: name the folder that `exactivations probe` wrote"):
+    with pytest.raises(StoreError, match="does not exist: name what `exactivations probe` wrote"):
         load_probes(tmp_path)
     tensors, content = open_shard(folder / PROBES_FILE)
     for changes in ({"kind": "means"}, {"format_version": 2}):
