@@ -262,7 +262,7 @@ class RunFolder:
             return
         ours = re.compile(rf"\.lock|\.{re.escape(RUN_FILE)}\..*tmp")
         strangers = [p.name for p in self.path.iterdir() if not ours.fullmatch(p.name)]
-        if strangers:
+        if strangers and not self.exists:  # looked at again: another rank may have begun the run since
             raise StoreError(
                 f"{self.path} is not empty and not a run folder (it holds {', '.join(sorted(strangers)[:5])}): name a new one"
             )

@@ -296,3 +296,10 @@ def test_flipped_bits_in_the_sample_table_are_found(tmp_path):
         except StoreError:
             found += 1
     assert found > len(positions) / 2
+
+
+def test_a_run_that_another_rank_begins_between_two_looks_is_no_stranger(tmp_path, monkeypatch):
+    folder, looks = RunFolder(tmp_path), iter([False, True])
+    (tmp_path / "run.json").write_text("{}")
+    monkeypatch.setattr(RunFolder, "exists", property(lambda self: next(looks)))
+    folder.refuse_strangers()
