@@ -156,7 +156,10 @@ class ActivationWriter(RunWriter):
 
 
 class WriterThread:
-    """Puts batches into their shards and publishes each shard when it is full. One thread, a bounded queue."""
+    """Puts batches into their shards and publishes each shard when it is full. One thread, a bounded queue.
+
+    With `beside_the_model`, where the model computes on the same cores, the thread takes no OpenMP helpers.
+    """
 
     def __init__(
         self,
@@ -176,21 +179,11 @@ class WriterThread:
         self._published: set[int] = set()
         self._error: BaseException | None = None
         self._abandoned = False
-        self._is_alone, self._has_one_thread = beside_the_model, threading.Event()
+        self._beside_the_model, self._has_settings = beside_the_model, threading.Event()
         self._thread = threading.Thread(target=self._run, name="activation-writer", daemon=True)
-        if beside_the_model:
-            self._start_alone()
-        else:
-            self._thread.start()
-
-    def _start_alone(self) -> None:
-        """Starts the thread without helpers of its own: with more OpenMP threads than cores, waiting ones sleep.
-
-        A forward pass on two cores then took 15% longer: its helpers had to be woken for each operation.
-        """
         threads = torch.get_num_threads()
         self._thread.start()
-        self._has_one_thread.wait()
+        self._has_settings.wait()
         torch.set_num_threads(threads)  # torch notes the last setting of any thread for threads to come
 
     def put(self, copy: HostCopy | None) -> None:
@@ -227,10 +220,12 @@ class WriterThread:
         self._thread.join(timeout=60)
 
     def _run(self) -> None:
-        if self._is_alone:
+        # With more OpenMP threads than cores, waiting ones sleep: beside helpers of this thread, those of a model on two cores had
+        # to be woken for each operation, and its forward pass took 15% longer.
+        if self._beside_the_model:
             torch.get_num_threads()  # only after torch has looked at the setting in a thread does it keep the thread's own
             torch.set_num_threads(1)
-        self._has_one_thread.set()
+        self._has_settings.set()
         try:
             while not self._abandoned:
                 try:

@@ -15,7 +15,6 @@ from exactivations.store.token_hash import hash_of_ids
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
-BLOCK = 1024  # samples that are read at once: their ids are padded to the longest
 NO_TOKEN = -1  # what comes before the first token of a sample
 
 

@@ -18,7 +18,7 @@ from exactivations.lit_modules.causal_importance import (
 )
 from exactivations.lit_modules.component_model import ComponentModel
 from exactivations.lit_modules.decomposition_losses import importance_minimality
-from exactivations.lit_modules.language_model import evaluating, forward_arguments, has_head
+from exactivations.lit_modules.language_model import evaluating, has_head, outputs_of
 from exactivations.lit_modules.optimised_sets import CiOptions, OptimisedSet
 from exactivations.store.errors import InvalidInputError
 
@@ -237,5 +237,4 @@ class CiOptimisation(pl.LightningModule):
 
     def _logits(self, input_ids: Int64[Tensor, "n l"]) -> Float[Tensor, "n v"]:
         with evaluating(self._whole):
-            logits: Tensor = self._whole(input_ids=input_ids, **forward_arguments(self._whole)).logits
-        return logits[:, -1].to(self._value_dtype)
+            return outputs_of(self._whole, input_ids)[:, -1].to(self._value_dtype)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from exactivations.lit_modules.component_linear import ComponentLinear, is_plain
 from exactivations.lit_modules.component_model import ComponentModel
-from exactivations.lit_modules.language_model import evaluating, forward_arguments
+from exactivations.lit_modules.language_model import evaluating, outputs_of
 from exactivations.store.attributions import OUTPUT, WTE
 from exactivations.store.errors import InvalidInputError
 
@@ -112,9 +112,7 @@ def logits(model: PreTrainedModel, input_ids: Int64[Tensor, "r l"], output_ids: 
         InvalidInputError: If the model does something with the head's output for which it must be whole.
     """
     if output_ids is None:
-        whole: Tensor = model(input_ids=input_ids, **forward_arguments(model)).logits
-        return whole
-
+        return outputs_of(model, input_ids)
     head, of_head = model.get_output_embeddings(), list[Tensor]()  # type: ignore[no-untyped-call]
     plain = isinstance(head, nn.Linear) and is_plain(head)
 
@@ -129,7 +127,7 @@ def logits(model: PreTrainedModel, input_ids: Int64[Tensor, "r l"], output_ids: 
 
     handle = head.register_forward_hook(restricted)
     try:
-        some: Tensor = model(input_ids=input_ids, **forward_arguments(model)).logits
+        some = outputs_of(model, input_ids)
     except RuntimeError as error:
         if not of_head:
             raise

@@ -7,7 +7,7 @@ from typing import Any, get_args
 import lightning.pytorch as pl
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from exactivations.datamodules.step_batches import generator_at
 from exactivations.lit_modules.causal_importance import (
@@ -24,7 +24,7 @@ from exactivations.lit_modules.decomposition_losses import (
     sampled_delta_masks,
     sampled_masks,
 )
-from exactivations.lit_modules.language_model import forward_arguments
+from exactivations.lit_modules.language_model import outputs_of
 from exactivations.store.errors import IdentityError, InvalidInputError
 
 CLEARLY_ALIVE = 0.1
@@ -204,12 +204,6 @@ class Decomposition(pl.LightningModule):
             "n_hidden": self.ci_function.n_hidden, "learning_rate": self.learning_rate, "fitting_steps": self.fitting_steps,
             "max_steps": self.trainer.max_steps, "seed": self.seed,
         }  # fmt: skip
-
-
-def outputs_of(model: nn.Module, batch: Tensor) -> Tensor:
-    """Returns what a model makes of a batch: logits [B, L, V] of a causal language model, and what a toy model returns."""
-    outputs = model(batch, **forward_arguments(model))
-    return outputs if isinstance(outputs, Tensor) else outputs.logits
 
 
 def raw_importances(

@@ -10,8 +10,9 @@ from torch import Tensor
 from exactivations.datamodules.step_batches import generator_at
 from exactivations.lit_modules.causal_importance import CausalImportanceFunction, hard_sigmoid
 from exactivations.lit_modules.component_model import ComponentModel
-from exactivations.lit_modules.decomposition import CLEARLY_ALIVE, outputs_of, raw_importances
+from exactivations.lit_modules.decomposition import CLEARLY_ALIVE, raw_importances
 from exactivations.lit_modules.decomposition_losses import Divergence, divergence, sampled_masks
+from exactivations.lit_modules.language_model import outputs_of
 from exactivations.store.errors import InvalidInputError
 
 Masks = dict[str, Float[Tensor, "*leading c"]]

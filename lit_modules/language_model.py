@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 import xxhash
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -290,3 +290,9 @@ def forward_arguments(model: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     return {"use_cache": False} if "use_cache" in parameters or takes_any else {}
+
+
+def outputs_of(model: nn.Module, batch: Tensor) -> Tensor:
+    """Returns what a model makes of a batch: logits [B, L, V] of a causal language model, and what a toy model returns."""
+    outputs = model(batch, **forward_arguments(model))
+    return outputs if isinstance(outputs, Tensor) else outputs.logits

@@ -70,10 +70,6 @@ class TokenBatch:
             host=self.on_host,
         )
 
-    def pin_memory(self) -> "TokenBatch":
-        """Returns the batch with ids and mask in pinned memory (called by the DataLoader's pin_memory)."""
-        return replace(self, input_ids=self.input_ids.pin_memory(), token_mask=self.token_mask.pin_memory())
-
 
 @dataclass(frozen=True)
 class TokenStep:

@@ -258,11 +258,11 @@ class RunFolder:
         Raises:
             StoreError: Naming what it holds.
         """
-        if self.exists or not self.path.is_dir():
+        if not self.path.is_dir():
             return
         ours = re.compile(rf"\.lock|\.{re.escape(RUN_FILE)}\..*tmp")
         strangers = [p.name for p in self.path.iterdir() if not ours.fullmatch(p.name)]
-        if strangers and not self.exists:  # looked at again: another rank may have begun the run since
+        if strangers and not self.exists:  # looked at last: another rank may begin the run meanwhile
             raise StoreError(
                 f"{self.path} is not empty and not a run folder (it holds {', '.join(sorted(strangers)[:5])}): name a new one"
             )

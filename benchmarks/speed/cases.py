@@ -1,7 +1,7 @@
 """What is measured: which model, which texts, and what is wanted of them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -132,6 +132,13 @@ def make_folder(folder: Path) -> None:
 def to_json(case: Case) -> str:
     """Writes a case for another process."""
     return json.dumps(asdict(case))
+
+
+def padded_batches(tokenizer: Any, ids: list[list[int]], order: list[int], size: int) -> Iterator[tuple[list[int], Any]]:
+    """Yields samples' numbers and their batch, ids and mask [b, length], padded as the tokenizer does."""
+    for start in range(0, len(order), size):
+        samples = order[start : start + size]
+        yield samples, tokenizer.pad({"input_ids": [ids[i] for i in samples]}, return_tensors="pt")
 
 
 def pooled_states(states: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:

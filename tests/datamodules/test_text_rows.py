@@ -69,9 +69,7 @@ def pooled(tmp_path):
     return ActivationStore(tmp_path / "run"), ids
 
 
-@pytest.mark.parametrize("block", [1, 3, 1024])
-def test_tokens_of_a_pooled_store_come_from_the_texts(pooled, monkeypatch, block):
-    monkeypatch.setattr("exactivations.datamodules.text_rows.BLOCK", block)
+def test_tokens_of_a_pooled_store_come_from_the_texts(pooled):
     store, ids = pooled
     tokens = TextTokens.of(store, data_of())
     assert tokens.ids.tolist() == [i for sample in ids for i in sample]

@@ -118,7 +118,7 @@ def test_an_error_is_laid_to_the_heads_restriction_only_if_it_comes_after_it():
         logits(model, IDS, TOKENS)
     handle.remove()
     forward = model.forward
-    model.forward = lambda **arguments: needs_all(forward(**arguments))
+    model.forward = lambda ids, **arguments: needs_all(forward(ids, **arguments))
     with pytest.raises(InvalidInputError, match="LlamaForCausalLM cannot compute the logits of some tokens only"):
         logits(model, IDS, TOKENS)
 

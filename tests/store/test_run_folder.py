@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -298,8 +299,16 @@ def test_flipped_bits_in_the_sample_table_are_found(tmp_path):
     assert found > len(positions) / 2
 
 
-def test_a_run_that_another_rank_begins_between_two_looks_is_no_stranger(tmp_path, monkeypatch):
-    folder, looks = RunFolder(tmp_path), iter([False, True])
-    (tmp_path / "run.json").write_text("{}")
-    monkeypatch.setattr(RunFolder, "exists", property(lambda self: next(looks)))
-    folder.refuse_strangers()
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_run_that_another_rank_begins_while_the_folder_is_looked_at_is_no_stranger(tmp_path, monkeypatch, when):
+    look = Path.iterdir
+
+    def with_another_rank(path):
+        if when == "before":
+            (tmp_path / "run.json").write_text("{}")
+        names = list(look(path))
+        (tmp_path / "run.json").write_text("{}")
+        return iter(names)
+
+    monkeypatch.setattr(Path, "iterdir", with_another_rank)
+    RunFolder(tmp_path).refuse_strangers()

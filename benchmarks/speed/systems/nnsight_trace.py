@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from benchmarks.speed.cases import Case, Outputs, Round, gathered, pooled_states
+from benchmarks.speed.cases import Case, Outputs, Round, gathered, padded_batches, pooled_states
 
 
 def prepare(case: Case) -> Round:
@@ -18,9 +18,7 @@ def prepare(case: Case) -> Round:
     @torch.inference_mode()
     def run() -> list[tuple[list[int], dict[str, Tensor]]]:
         found = []
-        for start in range(0, case.n, 32):
-            samples = list(range(start, min(start + 32, case.n)))
-            batch = tokenizer.pad({"input_ids": [ids[i] for i in samples]}, return_tensors="pt")
+        for samples, batch in padded_batches(tokenizer, ids, list(range(case.n)), 32):
             first, second = case.blocks
             with model.trace(dict(batch)):
                 one = layers[first].output.save()

@@ -1,5 +1,6 @@
 """exactivations: `extract` to a store on disk, without verification; with variants for verification and tail padding."""
 
+import inspect
 import shutil
 import time
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ class Inside(extraction.pl.Callback):
 
             return reading(model, points, timed_read)
 
-        timed_forward.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
+        timed_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
         self.model.forward, extraction.reading = timed_forward, timed_reading  # type: ignore[method-assign, assignment]
         try:
             yield

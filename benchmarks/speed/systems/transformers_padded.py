@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.speed.cases import Case, Outputs, Round, gathered, pooled_states, tokens_gathered
+from benchmarks.speed.cases import Case, Outputs, Round, gathered, padded_batches, pooled_states, tokens_gathered
 
 
 def prepare(case: Case, *, sort: bool = False, size: int = 32) -> Round:
@@ -31,9 +31,7 @@ def prepare(case: Case, *, sort: bool = False, size: int = 32) -> Round:
                     states[name] = output
 
                 hooks.callback(module.register_forward_hook(keep).remove)
-            for start in range(0, case.n, size):
-                samples = order[start : start + size]
-                batch = tokenizer.pad({"input_ids": [ids[i] for i in samples]}, return_tensors="pt")
+            for samples, batch in padded_batches(tokenizer, ids, order, size):
                 model(**({"input_ids": batch["input_ids"]} if size == 1 else batch), use_cache=False)
                 if case.wanted == "pooled":
                     found.append((samples, pooled_states(states, batch["attention_mask"])))
