@@ -18,11 +18,13 @@ from exactivations.lit_modules.ranks import failure_of, gather, raise_together
 from exactivations.lit_modules.run_description import run_info
 from exactivations.store.batches import ActivationBatch, ActivationSpec
 from exactivations.store.errors import ExactivationsError, InvalidInputError, StoreError
+from exactivations.store.incoming_shard import IncomingShard, ShardPlan
 from exactivations.store.means_fold import publish_fold
 from exactivations.store.run_folder import RunFolder, RunInfo
-from exactivations.store.shard import ShardBuffer, write_shard
 from exactivations.store.shard_content import ShardContent
-from exactivations.store.shard_sums import ArrivedSums, MeanOptions
+from exactivations.store.shard_sums import MeanOptions
+from exactivations.store.streamed_shard import StreamedShard
+from exactivations.store.summed_shard import ShardMemory, SummedShard
 from exactivations.store.verification import withdraw_passed
 
 QUEUED_BATCHES = 4  # enough that neither side waits for the other's jitter; few enough that host memory stays small
@@ -102,9 +104,11 @@ class ActivationWriter(RunWriter):
         on_cpu = pl_module.device.type == "cpu"
         self._thread = WriterThread(self.folder, self.info, data.plan, pl_module.specs(), self._content(data), on_cpu)
 
-    def _content(self, data: TextDataModule) -> ShardContent:
-        """Returns what is to be published of each shard."""
-        column, plan = self.means.group_column if self.means else None, data.plan
+    def _content(self, data: TextDataModule) -> ShardContent | None:
+        """Returns what is to be published of each shard, if means are taken; else its rows are."""
+        if self.means is None:
+            return None
+        column, plan = self.means.group_column, data.plan
         return ShardContent(
             self.means,
             None if column is None else lambda shard: data.groups(column).at(plan.samples_of(shard)),
@@ -171,11 +175,10 @@ class WriterThread:
         beside_the_model: bool = True,
     ) -> None:
         self._folder, self._info, self._plan, self._specs = folder, info, plan, specs
-        self._content = content or ShardContent()
+        self._content = content
         self._queue: queue.Queue[HostCopy | None] = queue.Queue(maxsize=QUEUED_BATCHES)
-        self._buffer: ShardBuffer | None = None
-        self._filling: int | None = None
-        self._arrived: ArrivedSums | None = None
+        self._memory: ShardMemory | None = None
+        self._filling: IncomingShard | None = None
         self._published: set[int] = set()
         self._error: BaseException | None = None
         self._abandoned = False
@@ -237,33 +240,37 @@ class WriterThread:
                 self._take(copy)
         except BaseException as error:  # handed to the main thread, which raises it
             self._error = error
+        finally:
+            if self._filling is not None:
+                self._filling.discard()
 
     def _take(self, copy: HostCopy) -> None:
         assert copy.batch.place is not None
         shard = copy.batch.place.shard
-        if self._buffer is None:  # made in this thread: the main one is in inference mode, and such tensors stay there
-            sizes = [self._plan.shard_size(shard) for shard in range(self._plan.n_shards)]
-            self._buffer = ShardBuffer(max(rows for rows, _ in sizes), max(tokens for _, tokens in sizes), self._specs)
         if shard in self._published:
             raise StoreError(f"a batch of shard {shard} came after that was full; it stays as it was published")
         if self._filling is None:
-            self._buffer.begin(*self._plan.shard_size(shard))
-            self._filling = shard
-            self._arrived = None if self._content.means is None else ArrivedSums(self._content.means)
-        if self._filling != shard:  # a rank's batches come shard by shard
+            self._filling = self._begin(shard)
+        if self._filling.plan.number != shard:  # a rank's batches come shard by shard
             raise _unfilled(self._filling)
         copy.wait()
-        if self._arrived is not None:
-            self._arrived.update(copy.batch.activations)
-        self._buffer.put(copy.batch)
+        self._filling.put(copy.batch)
         copy.release()
-        if self._buffer.is_full:
-            metadata = {"shard": shard, "fingerprint": self._info.fingerprint}
-            content = self._content.of(shard, self._buffer.tensors, self._arrived)
-            write_shard(self._folder.shard_path(shard), content, metadata)
+        if self._filling.is_full:
+            self._filling.publish()
             self._published.add(shard)
             self._filling = None
 
+    def _begin(self, shard: int) -> IncomingShard:
+        path, metadata = self._folder.shard_path(shard), {"shard": shard, "fingerprint": self._info.fingerprint}
+        plan = ShardPlan(shard, *self._plan.shard_size(shard), self._specs)
+        if self._content is None:
+            return StreamedShard(path, plan, metadata)
+        if self._memory is None:  # made in this thread: the main one is in inference mode, and such tensors stay there
+            sizes = [self._plan.shard_size(shard) for shard in range(self._plan.n_shards)]
+            self._memory = ShardMemory(ShardPlan(shard, max(rows for rows, _ in sizes), max(n for _, n in sizes), self._specs))
+        return SummedShard(path, plan, metadata, self._content, self._memory)
 
-def _unfilled(shard: int) -> StoreError:
-    return StoreError(f"shard {shard} was not filled: batches of it are missing; it is not published")
+
+def _unfilled(shard: IncomingShard) -> StoreError:
+    return StoreError(f"shard {shard.plan.number} was not filled: batches of it are missing; it is not published")

@@ -31,6 +31,7 @@ from exactivations.lit_modules.next_tokens import before_the_head
 from exactivations.lit_modules.pooling import Pooling
 from exactivations.store.batches import ActivationBatch, ActivationSpec, TokenBatch, TokenStep, padded, real_positions, to_device
 from exactivations.store.errors import InvalidInputError
+from exactivations.store.host_memory import empty_on
 from exactivations.store.pooling_names import TOKENS, check_pooling
 
 VALUES_VERSION = 2
@@ -216,8 +217,8 @@ class ActivationExtractor(pl.LightningModule):
         loaded, host = self.load(self.device), step.on_host
         step = step.to(loaded.device)
         kept = {
-            name: torch.empty(
-                len(host.input_ids if spec.per_token else host.sample_index), spec.width, dtype=spec.dtype, device=loaded.device
+            name: empty_on(
+                loaded.device, len(host.input_ids if spec.per_token else host.sample_index), spec.width, dtype=spec.dtype
             )
             for name, spec in self.specs().items()
         }

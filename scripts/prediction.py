@@ -26,7 +26,7 @@ from exactivations.store.errors import InvalidInputError
 from exactivations.store.pooling_names import TOKENS
 from exactivations.store.run_folder import RunFolder
 
-SHARD_BYTES = 2**30  # each rank holds one shard in memory while it fills
+SHARD_BYTES = 2**30  # what a kill costs at most; and where means are taken, each rank holds as much in memory
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor
 
 from exactivations.store.errors import CorruptShardError, IncompleteStoreError, InvalidInputError, StoreError
+from exactivations.store.host_memory import empty_on_host
 from exactivations.store.row_bytes import row_bytes
 from exactivations.store.run_folder import SAMPLES_FILE, RunFolder, places_of_shards
 from exactivations.store.shard import verify_shard
@@ -188,7 +189,7 @@ class ActivationStore:
         """
         name = self._name(hook_point, pooling, per_token=False)
         spec = self.info.activations[name]
-        out = torch.empty(len(self), spec["width"], dtype=getattr(torch, spec["dtype"]))
+        out = empty_on_host(len(self), spec["width"], dtype=getattr(torch, spec["dtype"]))
         for shard, positions in self._positions.items():
             row_bytes(out)[positions] = row_bytes(self._tensors(shard)[name])
         return out
@@ -272,9 +273,12 @@ class ActivationStore:
         shard = self._shard[position]
         order = np.argsort(shard.astype(np.int64) << 40 | row)  # by shard, and in it as the rows lie there
         starts = np.flatnonzero(np.diff(shard[order], prepend=-1))
-        out = torch.empty(len(numbers), *shape, dtype=dtype)
+        out = empty_on_host(len(numbers), *shape, dtype=dtype)
         for chosen in np.split(order, starts)[1:]:  # what is before the first start is nothing
-            row_bytes(out)[chosen] = row_bytes(self._tensors(int(shard[chosen[0]]))[name])[row[chosen]]
+            wanted = row[chosen]
+            in_one_piece = bool((np.diff(wanted) == 1).all())  # then they are copied once, and not gathered before
+            rows = slice(wanted[0], wanted[-1] + 1) if in_one_piece else wanted
+            row_bytes(out)[chosen] = row_bytes(self._tensors(int(shard[chosen[0]]))[name])[rows]
         return out
 
     @cached_property

@@ -14,7 +14,8 @@ from exactivations.store.control_vector import layers_of, model_hint, write_cont
 from exactivations.store.errors import InvalidInputError, StoreError
 from exactivations.store.mean_activations import MeanActivations
 from exactivations.store.run_folder import fingerprint_of
-from exactivations.store.shard import METADATA_KEY, publishing
+from exactivations.store.shard import publishing
+from exactivations.store.tensor_file import METADATA_KEY
 
 FORMATS = (".safetensors", ".npz", ".npy", ".gguf")
 OF_GROUPS = ("difference", "normalised-difference")

@@ -22,7 +22,7 @@ import xxhash
 from exactivations.store.errors import CorruptShardError, IdentityError, InvalidInputError, StoreError, shown
 from exactivations.store.shard import open_shard, publish, write_text_atomically
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 RUN_FILE, SAMPLES_FILE, SHARD_FOLDER, VERIFICATION_FILE = "run.json", "samples.parquet", "shards", "verification.json"
 MEANS_FILE = "means.safetensors"  # the folded result of a run that takes means
 SAMPLES_BLOCK = 8192  # rows of one row group of samples.parquet: so many are in memory at a time

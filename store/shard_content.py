@@ -1,4 +1,4 @@
-"""What of a full shard is published: its rows, its sums, or its sums and the rows of a few samples."""
+"""What is published of a full shard of which means are taken: its sums, with all its rows or those of a few samples."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,20 +15,18 @@ class ShardContent:
     """Turns the tensors of a full shard into those that are published.
 
     Args:
-        means: What sums are taken of; None takes none.
+        means: What sums are taken of.
         groups_of: Gives the groups of a shard's rows, if there are groups.
         witnesses: Gives the rows of a shard that are kept; None keeps all.
     """
 
-    means: MeanOptions | None = None
+    means: MeanOptions
     groups_of: Callable[[int], Groups] | None = None
     witnesses: Callable[[int], IntArray] | None = None
 
     def of(self, shard: int, tensors: Mapping[str, Tensor], arrived: ArrivedSums | None = None) -> dict[str, Tensor]:
         """Returns what is published of this shard, whose sums must be those that `arrived`."""
         rows = dict(tensors) if self.witnesses is None else rows_of(tensors, torch.from_numpy(self.witnesses(shard)))
-        if self.means is None:
-            return rows
         groups = None if self.groups_of is None else self.groups_of(shard)
         sums = sums_of_shard(tensors, self.means, groups)
         if arrived is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from exactivations.store.errors import CorruptShardError, InvalidInputError, StoreError
 from exactivations.store.moments import FloatArray, IntArray, Moments
-from exactivations.store.shard import checksum
+from exactivations.store.tensor_file import checksum
 from exactivations.store.vectors import Vector, mean_over
 
 PREFIX, GROUPS, POSITIONS = "sums/", "@groups", "@positions"

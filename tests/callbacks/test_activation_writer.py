@@ -8,14 +8,13 @@ import torch
 from transformers import AutoModel
 
 from exactivations.callbacks import ActivationWriter
-from exactivations.callbacks import activation_writer as writer_module
 from exactivations.callbacks.activation_writer import QUEUED_BATCHES, WriterThread
 from exactivations.callbacks.host_copy import HostCopy
 from exactivations.lit_modules.extraction import ActivationExtractor
 from exactivations.store import ActivationStore
 from exactivations.store.errors import IdentityError, InvalidInputError, StoreError
 from exactivations.store.lock import RunLock
-from exactivations.store.shard import write_shard
+from exactivations.store.streamed_shard import StreamedShard
 from tests.callbacks.conftest import TEXTS, content, stamps
 
 
@@ -75,16 +74,16 @@ def test_only_the_missing_shards_are_computed(tmp_path, predict, computed, refer
 
 
 def fail_on_the_third(error, monkeypatch):
-    written = []
+    published, publish = [], StreamedShard.publish
 
-    def write(path, *args):
-        if len(written) == 2:
+    def fail(shard):
+        if len(published) == 2:
             raise error
-        written.append(path.name)
-        write_shard(path, *args)
+        published.append(f"{shard.plan.number:05d}.safetensors")
+        publish(shard)
 
-    monkeypatch.setattr(writer_module, "write_shard", write)
-    return written
+    monkeypatch.setattr(StreamedShard, "publish", fail)
+    return published
 
 
 @pytest.mark.parametrize(
@@ -102,6 +101,7 @@ def test_an_error_in_the_writer_stops_the_run_with_its_cause(tmp_path, predict, 
         predict(tmp_path / "run")
     assert stop.value is error or stop.value.__cause__ is error
     assert len(written) == 2 and set(stamps(tmp_path / "run")) == set(written)
+    assert not list((tmp_path / "run" / "shards").glob(".*"))  # nothing is left of the third
     # it stops soon: at most the queue, the batch in the thread's hands and the one being handed over lie behind the failure
     in_three_shards = sum(place.shard <= max(p.shard for p in computed[:1]) + 2 for place in computed)
     assert len(computed) <= in_three_shards + QUEUED_BATCHES + 2
@@ -113,15 +113,15 @@ def test_an_error_in_the_writer_stops_the_run_with_its_cause(tmp_path, predict, 
 
 
 def test_an_error_at_the_very_end_is_not_lost(tmp_path, predict, monkeypatch, reference):
-    last = f"{len(reference) - 2:05d}.safetensors"
+    last, publish = len(reference) - 2, StreamedShard.publish
 
-    def write(path, *args):
-        if path.name == last:
+    def fail_at_last(shard):
+        if shard.plan.number == last:
             time.sleep(0.5)  # the main thread is waiting for the end by then
             raise RuntimeError("late")
-        write_shard(path, *args)
+        publish(shard)
 
-    monkeypatch.setattr(writer_module, "write_shard", write)
+    monkeypatch.setattr(StreamedShard, "publish", fail_at_last)
     with pytest.raises(StoreError, match="the writer failed: RuntimeError: late"):
         predict(tmp_path / "run")
     assert len(stamps(tmp_path / "run")) == len(reference) - 2
@@ -148,14 +148,14 @@ def test_an_error_in_the_model_ends_the_thread_and_gives_the_folder_back(tmp_pat
 
 
 def test_a_slow_disk_holds_the_computation_back_and_nothing_is_dropped(tmp_path, predict, monkeypatch, computed, reference):
-    gate, blocked = threading.Event(), threading.Event()
+    gate, blocked, publish = threading.Event(), threading.Event(), StreamedShard.publish
 
-    def write(path, *args):
+    def wait(shard):
         blocked.set()
         assert gate.wait(60)
-        write_shard(path, *args)
+        publish(shard)
 
-    monkeypatch.setattr(writer_module, "write_shard", write)
+    monkeypatch.setattr(StreamedShard, "publish", wait)
     seen = []
 
     def look():
@@ -260,6 +260,7 @@ def test_a_shard_that_misses_a_batch_is_not_published(tmp_path, thread_and_batch
     with pytest.raises(StoreError, match=f"shard {last} was not filled"):
         thread.finish()
     assert len(stamps(tmp_path / "run")) == len(reference) - 2
+    assert not list((tmp_path / "run" / "shards").glob(".*"))
 
 
 def test_a_batch_of_the_next_shard_before_this_one_is_full_is_refused(tmp_path, thread_and_batches):
@@ -275,7 +276,7 @@ def test_a_batch_of_the_next_shard_before_this_one_is_full_is_refused(tmp_path, 
 
 def test_a_batch_that_comes_twice_is_refused(tmp_path, thread_and_batches):
     thread, copies = thread_and_batches
-    with pytest.raises(StoreError, match=r"written twice|came after that was full"):
+    with pytest.raises(StoreError, match=r"came, the next one is|came after that was full"):
         for copy in [copies[0], *copies]:
             thread.put(copy)
         thread.finish()

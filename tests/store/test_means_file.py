@@ -124,16 +124,17 @@ def write_run(
     path.mkdir(parents=True)
     folder.prepare(info, [table], overwrite=False, allow_changed=frozenset())
     number_of = {text.index: number for text, number in zip(everything, groups.numbers, strict=True)}
-    content = ShardContent(
+    content = options and ShardContent(
         options,
         (lambda shard: Groups(groups.names, np.array([number_of[text.index] for text in shards[shard]])))
-        if options is not None and options.group_column
+        if options.group_column
         else None,
         None if keeps_rows else lambda shard: np.arange(min(2, len(shards[shard]))),
     )
     for shard in order or range(len(shards)):
         if shard not in leave_out:
-            tensors = content.of(shard, tensors_of(shards[shard], names, stored_as))
+            tensors = tensors_of(shards[shard], names, stored_as)
+            tensors = content.of(shard, tensors) if content else tensors
             write_shard(folder.shard_path(shard), tensors, {"shard": shard, "fingerprint": info.fingerprint})
     if verified:
         contents = contents_of(folder.checksums(info), folder.samples_footer())

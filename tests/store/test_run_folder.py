@@ -130,9 +130,9 @@ def test_missing_numbers_are_equal_to_themselves_and_to_nothing_else(tmp_path):
 def test_a_newer_format_version_is_refused(tmp_path):
     folder = prepare(tmp_path)
     content = json.loads((tmp_path / "run.json").read_text())
-    (tmp_path / "run.json").write_text(json.dumps(content | {"format_version": 3}))
+    (tmp_path / "run.json").write_text(json.dumps(content | {"format_version": 4}))
     for attempt in (folder.read_info, lambda: prepare(tmp_path)):
-        with pytest.raises(StoreError, match="store format version 3, this exactivations reads version 2"):
+        with pytest.raises(StoreError, match="store format version 4, this exactivations reads version 3"):
             attempt()
 
 

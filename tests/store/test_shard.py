@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exactivations.store import shard as shard_module
-from exactivations.store.batches import ActivationBatch, ActivationSpec, Place
 from exactivations.store.errors import CorruptShardError, StoreError
-from exactivations.store.shard import ShardBuffer, open_shard, verify_shard, write_shard
+from exactivations.store.shard import open_shard, verify_shard, write_shard
 
 METADATA = {"shard": 3, "fingerprint": "abc"}
 TENSORS = {
@@ -125,12 +124,16 @@ def test_a_failure_on_the_way_leaves_nothing_behind_and_what_was_there_untouched
     def fail(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    def save_half(tensors, path, metadata):
-        path.write_bytes(b"half")
-        fail()
+    pwrite, written = os.pwrite, []
+
+    def write_half(*args):
+        written.append(pwrite(*args))
+        if len(written) > 2:
+            fail()
+        return written[-1]
 
     if step == "save":
-        monkeypatch.setattr(shard_module, "save_file", save_half)
+        monkeypatch.setattr(os, "pwrite", write_half)
     elif step == "fsync":
         monkeypatch.setattr(os, "fsync", fail)
     else:
@@ -197,81 +200,3 @@ def test_a_file_of_another_origin_is_refused(tmp_path):
         open_shard(tmp_path / "foreign.safetensors")
     with pytest.raises(StoreError, match="there is no shard"):
         open_shard(tmp_path / "absent.safetensors")
-
-
-# --- ShardBuffer -------------------------------------------------------------------------------------------------------
-
-SPECS = {"h/mean": ActivationSpec(False, 2, torch.float32), "h/tokens": ActivationSpec(True, 2, torch.float32)}
-
-
-def batch(index, length, first_row, first_token, **changes):
-    n, tokens = len(index), len(index) * length
-    content = {
-        "sample_index": torch.tensor(index),
-        "n_tokens": torch.full((n,), length),
-        "input_ids": torch.arange(tokens) + 100 * first_row,
-        "token_mask": torch.arange(tokens) % 2 == 0,
-        "activations": {
-            "h/mean": torch.arange(n * 2.0).reshape(n, 2) + 10 * first_row,
-            "h/tokens": torch.arange(tokens * 2.0).reshape(tokens, 2) + 100 * first_row,
-        },
-        "place": Place(0, first_row, first_token),
-    }
-    return ActivationBatch(**(content | changes))
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_batches_may_arrive_in_any_order_and_land_in_their_places(order):
-    batches = [batch([5, 3], 3, 0, 0), batch([9], 2, 2, 6)]
-    buffer = ShardBuffer(3, 8, SPECS)
-    for number in order:
-        assert not buffer.is_full
-        buffer.put(batches[number])
-    assert buffer.is_full
-    for name in ("sample_index", "n_tokens", "input_ids", "token_mask"):
-        assert buffer.tensors[name].tolist() == [v for b in batches for v in getattr(b, name).tolist()]
-    for name in SPECS:
-        assert torch.equal(buffer.tensors[name], torch.cat([b.activations[name] for b in batches]))
-    assert buffer.tensors["input_ids"].dtype == buffer.tensors["n_tokens"].dtype == torch.int32
-
-
-def test_pooled_rows_alone_store_no_tokens():
-    buffer = ShardBuffer(2, 6, {"h/mean": SPECS["h/mean"]})
-    activations = {"h/mean": torch.ones(2, 2)}
-    buffer.put(batch([5, 3], 3, 0, 0, activations=activations))
-    assert buffer.is_full and buffer.tensors.keys() == {"sample_index", "n_tokens", "h/mean"}
-
-
-def test_a_shard_with_a_missing_row_is_not_full():
-    buffer = ShardBuffer(3, 8, SPECS)
-    buffer.put(batch([5, 3], 3, 0, 0))
-    assert not buffer.is_full
-
-
-def test_a_row_that_is_written_twice_is_refused():
-    buffer = ShardBuffer(4, 12, SPECS)
-    buffer.put(batch([5, 3], 3, 0, 0))
-    with pytest.raises(AssertionError, match="written twice"):
-        buffer.put(batch([5, 3], 3, 0, 0))
-    with pytest.raises(AssertionError, match="written twice"):
-        buffer.put(batch([8, 9], 3, 1, 3))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"place": None}, "without a place"),
-        ({"place": Place(0, 2, 0)}, "planned"),
-        ({"place": Place(0, 0, 4)}, "planned"),
-        ({"token_mask": torch.ones(5, dtype=torch.bool)}, "planned"),
-        ({"n_tokens": torch.tensor([3, 2])}, "disagree"),
-        ({"activations": {"h/mean": torch.ones(2, 2)}}, "planned"),
-        ({"activations": {"h/mean": torch.ones(2, 3), "h/tokens": torch.ones(6, 2)}}, "planned"),
-        ({"activations": {"h/mean": torch.ones(1, 2), "h/tokens": torch.ones(6, 2)}}, "planned"),
-        ({"activations": {"h/mean": torch.ones(2, 2), "h/tokens": torch.ones(5, 2)}}, "planned"),
-        ({"activations": {"h/mean": torch.ones(2, 2).double(), "h/tokens": torch.ones(6, 2)}}, "planned torch.float32"),
-    ],
-)
-def test_what_does_not_fit_its_place_is_refused(changes, message):
-    with pytest.raises(AssertionError, match=message):
-        ShardBuffer(3, 8, SPECS).put(batch([5, 3], 3, 0, 0, **changes))
