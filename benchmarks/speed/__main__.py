@@ -38,6 +38,7 @@ TITLES = {
     "transformer_lens_cache": "TransformerLens run_with_cache",
     "plain_write": "plain write of the same bytes",
 }
+STORING = ("ours", "plain_write")
 NOTES = "[1] after the final norm only, of all tokens   [2] after the final norm only, mean only"
 OURS = [BOUND, "ours", 'ours:{"verify": 16}', 'ours:{"padding": "tail"}', "hand_written", ALONE]
 PEERS = [
@@ -111,6 +112,8 @@ def measure(case: Case, systems: list[str], rounds: int) -> dict[str, Any]:
             "worst_difference": worst(kept[system].get("outputs"), truth),
             "seconds": median(own["seconds"] for own in of_rounds),
         }
+        if system.startswith(STORING) and case.wanted != "pooled":
+            table[system]["bytes_per_second"] = case.activation_bytes() / table[system]["seconds"]
     return table
 
 
@@ -134,12 +137,13 @@ def worst(file: str | None, truth: dict[str, torch.Tensor]) -> float | None:
 def show(case: Case, table: dict[str, Any]) -> None:
     """Prints one case."""
     print(f"\n{case.title}, {case.threads} threads")
-    print(f"{'':<48}{'of the bound':>24}{'inside':>9}{'worst difference':>19}")
+    print(f"{'':<48}{'of the bound':>24}{'inside':>9}{'worst difference':>19}{'MB/s stored':>12}")
     for system, row in table.items():
         spread = f"{row['of_the_bound']:.3f} ({row['lowest']:.2f} to {row['highest']:.2f})"
         inside = "" if row["inside"] is None else f"{row['inside']:.3f}"
         difference = "" if row["worst_difference"] is None else f"{row['worst_difference']:.1e}"
-        print(f"{TITLES.get(system, system):<48}{spread:>24}{inside:>9}{difference:>19}", flush=True)
+        rate = f"{row['bytes_per_second'] / 1e6:,.0f}" if "bytes_per_second" in row else ""
+        print(f"{TITLES.get(system, system):<48}{spread:>24}{inside:>9}{difference:>19}{rate:>12}", flush=True)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 BLOCKS = {"demo": (1, 3), "neox-256": (2, 5)}
 """Which blocks' outputs are read: one in the middle, and the last."""
 
+WIDTHS = {"demo": 160, "neox-256": 256}
 LONGEST = {"ragged": 1024, "equal": 128}
 Outputs = dict[str, Tensor]
 
@@ -60,6 +61,11 @@ class Case:
     def title(self) -> str:
         """The row's title."""
         return f"{self.model}, {self.n:,} {self.texts} texts, {self.wanted}"
+
+    def activation_bytes(self) -> int:
+        """Returns how many bytes of activations are wanted."""
+        n_rows = self.n * len(self.poolings) if self.wanted == "pooled" else sum(len(row) for row in self.token_ids())
+        return n_rows * len(self.blocks) * WIDTHS[self.model] * 4
 
     def read_texts(self) -> list[str]:
         """Returns the texts."""

@@ -8,10 +8,8 @@ from benchmarks.speed.cases import Case, Round
 
 def prepare(case: Case) -> Round:
     """Makes the bytes; a round writes them."""
-    n_rows = sum(len(row) for row in case.token_ids())
-    width = {"demo": 160, "neox-256": 256}[case.model]
     content, path = os.urandom(2**20), Path(case.folder, "plain-write")
-    blocks = n_rows * width * 4 * len(case.blocks) // len(content)
+    blocks = case.activation_bytes() // len(content)
 
     def run() -> None:
         with path.open("wb") as file:
