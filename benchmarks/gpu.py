@@ -75,6 +75,7 @@ def main() -> None:
 
     planned = data()
     batches = [batch.input_ids for shard in range(planned.plan.n_shards) for batch in batches_of(planned, shard)]
+    batches = [batch.pin_memory() for batch in batches] if device.type == "cuda" else batches  # as a DataLoader gives them
     print(
         f"{arguments.shape}, {arguments.samples:,} texts, {int(planned.tokens.n_tokens.sum()):,} tokens, {len(batches):,} batches, "
         f"{planned.plan.padded_share:.1%} padding, {arguments.wanted}, {device}"
@@ -174,16 +175,21 @@ def traced(work: Callable[[], None], file: str) -> float:
     found.export_chrome_trace(str(Path(file)))
     events = [(e.name, e.time_range.start, e.time_range.end) for e in found.events() if e.device_type.name == "CUDA"]
     copies = [(start, end) for name, start, end in events if "DtoH" in name]
-    kernels = sorted((start, end) for name, start, end in events if "Memcpy" not in name and "Memset" not in name)
-    covered = total = 0.0
-    for start, end in copies:
-        total += end - start
-        at = start
-        for kernel_start, kernel_end in kernels:
-            if kernel_end > at and kernel_start < end:
-                covered += max(0.0, min(end, kernel_end) - max(at, kernel_start))
-                at = max(at, min(end, kernel_end))
-    return covered / total if total else math.nan
+    kernels = [(start, end) for name, start, end in events if "Memcpy" not in name and "Memset" not in name]
+    return covered_share(copies, kernels)
+
+
+def covered_share(parts: list[tuple[float, float]], cover: list[tuple[float, float]]) -> float:
+    """Returns which share of the length of some intervals lies under the union of others; NaN without either."""
+    if not parts or not cover:
+        return math.nan
+    start, end = np.array(sorted(cover)).T
+    reached = np.maximum.accumulate(end)
+    first = np.flatnonzero(np.concatenate([[True], start[1:] > reached[:-1]]))  # of each piece of the union
+    pieces = np.stack([start[first], reached[np.append(first[1:] - 1, len(end) - 1)]])
+    total = np.concatenate([[0.0], np.cumsum(pieces[1] - pieces[0])])
+    covered = np.interp(np.array(parts), pieces.T.ravel(), np.stack([total[:-1], total[1:]]).T.ravel())
+    return float((covered[:, 1] - covered[:, 0]).sum() / np.diff(np.array(parts)).sum())
 
 
 if __name__ == "__main__":

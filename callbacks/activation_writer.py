@@ -105,7 +105,7 @@ class ActivationWriter(RunWriter):
         self._thread = WriterThread(self.folder, self.info, data.plan, pl_module.specs(), self._content(data), on_cpu)
 
     def _content(self, data: TextDataModule) -> ShardContent | None:
-        """Returns what is to be published of each shard, if means are taken; else its rows are."""
+        """Returns what is to be published of each shard; None where rows are, as they come."""
         if self.means is None:
             return None
         column, plan = self.means.group_column, data.plan
@@ -268,7 +268,7 @@ class WriterThread:
             return StreamedShard(path, plan, metadata)
         if self._memory is None:  # made in this thread: the main one is in inference mode, and such tensors stay there
             sizes = [self._plan.shard_size(shard) for shard in range(self._plan.n_shards)]
-            self._memory = ShardMemory(ShardPlan(shard, max(rows for rows, _ in sizes), max(n for _, n in sizes), self._specs))
+            self._memory = ShardMemory(self._specs, max(rows for rows, _ in sizes), max(tokens for _, tokens in sizes))
         return SummedShard(path, plan, metadata, self._content, self._memory)
 
 

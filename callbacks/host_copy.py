@@ -14,7 +14,8 @@ class HostCopier:
     """Starts copies of batches to the host and says when they may be read.
 
     On a CUDA device a copy goes through one of `n_slots` pinned buffers on a stream of its own. When all are in use, `start`
-    waits for one to be released: back-pressure, nothing is dropped. Elsewhere batches pass through as they are.
+    waits for one to be released: back-pressure, nothing is dropped. Batches on the host pass through as they are; from other
+    devices they are copied at once.
 
     Args:
         device: Where the batches are.
@@ -31,7 +32,8 @@ class HostCopier:
     def start(self, batch: ActivationBatch, check: Callable[[], None]) -> "HostCopy":
         """Starts the copy of a batch; `check` is called while waiting for a buffer, and may raise."""
         if self._stream is None:
-            return HostCopy(batch, wait=lambda: None, release=lambda: None)
+            on_host = {name: values.cpu() for name, values in batch.activations.items()}
+            return HostCopy(replace(batch, activations=on_host), wait=lambda: None, release=lambda: None)
         slot = self._wait_for_slot(check)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         copied = {}

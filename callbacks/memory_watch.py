@@ -104,7 +104,7 @@ def refuse_shortage(share: float) -> None:
             f"stopped before {room.owner} runs out of memory: {left:.2f} GiB of {total:.2f} GiB are left "
             f"(at least {must:.2f} GiB must stay free), this process holds {held:.2f} GiB. What was published stays: free memory "
             "and start the same command again, and it goes on from there; or begin anew with --overwrite and a smaller "
-            "--shard-tokens or --token-budget"
+            "--token-budget (or, where means are taken, --shard-tokens)"
         )
 
 

@@ -1,8 +1,12 @@
 """Memory for tensors that are large and written once."""
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
+
+ALIGNMENT = 64  # bytes, as in torch's own memory: kernels may sum in another order where a tensor begins elsewhere
 
 
 def empty_on_host(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -11,7 +15,10 @@ def empty_on_host(*shape: int, dtype: torch.dtype) -> Tensor:
     NumPy asks the system for huge pages where an array is large, torch does not: to write to a fresh tensor of some MB then
     takes several times as long as to copy it.
     """
-    return torch.from_numpy(np.empty(shape, dtype=f"i{dtype.itemsize}")).view(dtype)
+    n_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.empty(n_bytes + ALIGNMENT, dtype=np.uint8)
+    first = -memory.ctypes.data % ALIGNMENT
+    return torch.from_numpy(memory)[first : first + n_bytes].view(dtype).view(shape)
 
 
 def empty_on(device: torch.device, *shape: int, dtype: torch.dtype) -> Tensor:

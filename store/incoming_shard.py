@@ -14,14 +14,7 @@ from exactivations.store.tensor_file import Shapes
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What a shard is to hold.
-
-    Attributes:
-        number: Which one it is.
-        n_rows: Its samples.
-        n_tokens: Their tokens.
-        specs: The activations, by name.
-    """
+    """What a shard is to hold: which one it is, its samples, their tokens, and its activations by name."""
 
     number: int
     n_rows: int
@@ -29,19 +22,24 @@ class ShardPlan:
     specs: Mapping[str, ActivationSpec]
 
     @property
-    def has_tokens(self) -> bool:
-        """Whether anything is kept for each token; then their ids and mask are, too."""
-        return any(spec.per_token for spec in self.specs.values())
-
-    @property
     def shapes(self) -> Shapes:
         """Dtype and shape of each tensor."""
-        by_row: Shapes = {"sample_index": (torch.int64, (self.n_rows,)), "n_tokens": (torch.int32, (self.n_rows,))}
-        by_token: Shapes = {"input_ids": (torch.int32, (self.n_tokens,)), "token_mask": (torch.bool, (self.n_tokens,))}
-        activations: Shapes = {
-            name: (spec.dtype, (self.n_tokens if spec.per_token else self.n_rows, spec.width)) for name, spec in self.specs.items()
-        }
-        return {**by_row, **(by_token if self.has_tokens else {}), **activations}
+        return shapes_of_rows(self.specs, self.n_rows, self.n_tokens)
+
+    def is_per_token(self, name: str) -> bool:
+        """Whether a tensor has a row for each token, and not for each sample."""
+        return name in ("input_ids", "token_mask") or (name in self.specs and self.specs[name].per_token)
+
+
+def shapes_of_rows(specs: Mapping[str, ActivationSpec], n_rows: int, n_tokens: int) -> Shapes:
+    """Returns dtype and shape of each tensor that is kept of so many samples; ids and mask only where rows of tokens are."""
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "sample_index": (torch.int64, (n_rows,)),
+        "n_tokens": (torch.int32, (n_rows,)),
+    }
+    if any(spec.per_token for spec in specs.values()):
+        shapes |= {"input_ids": (torch.int32, (n_tokens,)), "token_mask": (torch.bool, (n_tokens,))}
+    return shapes | {name: (spec.dtype, (n_tokens if spec.per_token else n_rows, spec.width)) for name, spec in specs.items()}
 
 
 class IncomingShard(ABC):
@@ -75,20 +73,22 @@ class IncomingShard(ABC):
         assert batch.activations.keys() == self.plan.specs.keys(), f"got {list(batch.activations)}, planned {list(self.plan.specs)}"
         n_rows, n_tokens = len(batch.sample_index), len(batch.input_ids)
         assert int(batch.n_tokens.sum()) == n_tokens, "lengths and tokens of a batch disagree"
-        tensors = {"sample_index": batch.sample_index, "n_tokens": batch.n_tokens.int()}
-        if self.plan.has_tokens:
-            tensors |= {"input_ids": batch.input_ids.int(), "token_mask": batch.token_mask}
-        tensors |= batch.activations
-        for name, (dtype, shape) in ShardPlan(self.plan.number, n_rows, n_tokens, self.plan.specs).shapes.items():
-            found = tensors[name]
-            assert found.dtype == dtype and found.shape == shape, (
-                f"{name}: planned {dtype} {list(shape)}, got {found.dtype} {list(found.shape)}"
-            )
+        tensors = {
+            "sample_index": batch.sample_index,
+            "n_tokens": batch.n_tokens.int(),
+            "input_ids": batch.input_ids.int(),
+            "token_mask": batch.token_mask,
+            **batch.activations,
+        }
+        shapes = shapes_of_rows(self.plan.specs, n_rows, n_tokens)
+        for name, planned in shapes.items():
+            found = tensors[name].dtype, tuple(tensors[name].shape)
+            assert found == planned, f"{name}: planned {planned}, got {found}"
         assert self._rows + n_rows <= self.plan.n_rows and self._tokens + n_tokens <= self.plan.n_tokens, (
             "more rows than were planned"
         )
         refuse_not_finite(batch)
-        self._keep(tensors)
+        self._keep({name: tensors[name] for name in shapes})
         self._rows, self._tokens = self._rows + n_rows, self._tokens + n_tokens
 
     @abstractmethod

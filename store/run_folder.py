@@ -125,7 +125,7 @@ class RunFolder:
         """Reads run.json.
 
         Raises:
-            StoreError: If there is none, it cannot be read, or it is of a newer format version.
+            StoreError: If there is none, it cannot be read, or it is of another format version.
         """
         path = self.path / RUN_FILE
         try:
@@ -138,9 +138,10 @@ class RunFolder:
             raise StoreError(f"{path} cannot be read: it holds a {type(content).__name__}, not a run's description")
         version = content.get("format_version")
         if version != FORMAT_VERSION:
+            is_older = isinstance(version, int) and version < FORMAT_VERSION
             raise StoreError(
-                f"{path} has store format version {version}, this exactivations reads version {FORMAT_VERSION}: "
-                "install the exactivations that wrote it, or a newer one"
+                f"{path} has store format version {version}, this exactivations reads version {FORMAT_VERSION}: install the "
+                f"exactivations that wrote it{', or make it anew with --overwrite' if is_older else ', or a newer one'}"
             )
         missing = [f.name for f in fields(RunInfo) if f.name not in content]
         if missing:

@@ -1,6 +1,7 @@
 """One shard: a safetensors file that exists whole or not at all, and carries a checksum of everything in it."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from exactivations.store.errors import CorruptShardError, StoreError
 from exactivations.store.tensor_file import METADATA_KEY, TensorFile, checksum, shapes_of
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -38,9 +41,10 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        remedy = "make room" if error.errno in NO_ROOM else "see what ails that file system"
         raise StoreError(
-            f"cannot write {path}: {error}; {_free_space(path)}. Nothing that was published is lost: "
-            "make room and start the same command again, and it goes on from here"
+            f"cannot write {path}: {error}; {_free_space(path)}. Nothing that was published is lost: {remedy} and start the same "
+            "command again, and it goes on from here"
         ) from error
 
 
@@ -58,13 +62,18 @@ def publishing(path: Path) -> Iterator[Path]:
         yield temporary
         publish(temporary, path)
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)  # after a rename there is none
+        remove(temporary)
 
 
 def temporary_name(path: Path) -> Path:
     """Returns a name beside a file's final one that no other process uses."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def remove(temporary: Path) -> None:
+    """Removes a file beside its final name, if it is still there (after a rename it is not) and can be removed."""
+    with contextlib.suppress(OSError):
+        temporary.unlink(missing_ok=True)
 
 
 def publish(temporary: Path, path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from exactivations.store.incoming_shard import IncomingShard, ShardPlan
-from exactivations.store.shard import publish, temporary_name, writing
+from exactivations.store.shard import publish, remove, temporary_name, writing
 from exactivations.store.tensor_file import TensorFile
 
 
@@ -43,6 +43,6 @@ class StreamedShard(IncomingShard):
 
     def discard(self) -> None:
         """Closes and removes the file beside the final one."""
-        self._file.close()
         with contextlib.suppress(OSError):
-            self._temporary.unlink(missing_ok=True)  # after a rename there is none
+            self._file.close()
+        remove(self._temporary)

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+from exactivations.store.batches import ActivationSpec
 from exactivations.store.host_memory import empty_on_host
-from exactivations.store.incoming_shard import IncomingShard, ShardPlan
+from exactivations.store.incoming_shard import IncomingShard, ShardPlan, shapes_of_rows
 from exactivations.store.shard import write_shard
 from exactivations.store.shard_content import ShardContent
 from exactivations.store.shard_sums import ArrivedSums
@@ -19,11 +20,14 @@ class ShardMemory:
     What is allocated and freed for each of them, in another size every time, makes the process grow.
 
     Args:
-        largest: A shard with the most rows and the most tokens of any.
+        specs: What is kept.
+        most_rows: Samples of the shard that has the most.
+        most_tokens: Tokens of the shard that has the most.
     """
 
-    def __init__(self, largest: ShardPlan) -> None:
-        self._tensors = {name: empty_on_host(*shape, dtype=dtype) for name, (dtype, shape) in largest.shapes.items()}
+    def __init__(self, specs: Mapping[str, ActivationSpec], most_rows: int, most_tokens: int) -> None:
+        shapes = shapes_of_rows(specs, most_rows, most_tokens)
+        self._tensors = {name: empty_on_host(*shape, dtype=dtype) for name, (dtype, shape) in shapes.items()}
 
     def of(self, plan: ShardPlan) -> dict[str, Tensor]:
         """Returns tensors for a shard; their content is arbitrary."""
@@ -48,20 +52,18 @@ class SummedShard(IncomingShard):
     ) -> None:
         super().__init__(plan)
         self._path, self._metadata, self._content = path, dict(metadata), content
-        self.tensors = memory.of(plan)
-        self._filled = dict.fromkeys(self.tensors, 0)
+        self._tensors = memory.of(plan)
         self._arrived = ArrivedSums(content.means)
 
     def _keep(self, tensors: Mapping[str, Tensor]) -> None:
         self._arrived.update(tensors)
         for name, rows in tensors.items():
-            first = self._filled[name]
-            self._filled[name] = first + len(rows)
-            self.tensors[name][first : first + len(rows)] = rows
+            first = self._tokens if self.plan.is_per_token(name) else self._rows
+            self._tensors[name][first : first + len(rows)] = rows
 
     def publish(self) -> None:
         """Takes the sums, holds them against what arrived, and writes the file."""
-        write_shard(self._path, self._content.of(self.plan.number, self.tensors, self._arrived), self._metadata)
+        write_shard(self._path, self._content.of(self.plan.number, self._tensors, self._arrived), self._metadata)
 
     def discard(self) -> None:
         """Does nothing: what came is in memory only."""

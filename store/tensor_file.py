@@ -4,9 +4,11 @@ The layout is that of safetensors (https://huggingface.co/docs/safetensors), whi
 and the tensors, those of the widest dtype first, and then by name.
 """
 
+import errno
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,10 @@ DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+MOST_AT_ONCE = 2**30  # bytes: Linux writes 2 GiB at most at once, other systems refuse more
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+assert sys.byteorder == "little", "files of tensors are little-endian, and are written from memory as it is"
 
 
 class TensorFile:
@@ -35,12 +40,15 @@ class TensorFile:
     """
 
     def __init__(self, path: Path, shapes: Shapes, metadata: Mapping[str, Any]) -> None:
-        self._shapes, self._metadata = dict(shapes), dict(metadata)
+        assert "checksum" not in metadata, "the checksum is made here"
+        assert "__metadata__" not in shapes, "no tensor can have the name of the metadata"
+        for name, (dtype, _) in shapes.items():
+            assert dtype in DTYPES, f"{name}: {dtype} is written nowhere here; known are {', '.join(map(str, DTYPES))}"
+        self._shapes, self._metadata, self._offsets = dict(shapes), dict(metadata), _offsets(shapes)
         self._digests = {name: xxhash.xxh3_128() for name in self._shapes}
         start = 8 + len(self._header("0" * 32))
-        ends = {name: start + end for name, (_, end) in self._offsets().items()}
-        self._next = {name: start + begin for name, (begin, _) in self._offsets().items()}
-        self._ends = ends
+        self._next = {name: start + begin for name, (begin, _) in self._offsets.items()}
+        self._ends = {name: start + end for name, (_, end) in self._offsets.items()}
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
 
     def append(self, name: str, rows: Tensor) -> None:
@@ -61,32 +69,35 @@ class TensorFile:
 
     def close(self) -> None:
         """Closes the file as it is; doing it twice is no error."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def _offsets(self) -> dict[str, tuple[int, int]]:
-        """Returns where each tensor begins and ends, counted from the end of the header."""
-        offsets, end = {}, 0
-        for name in sorted(self._shapes, key=lambda name: (-self._shapes[name][0].itemsize, name)):
-            dtype, shape = self._shapes[name]
-            begin, end = end, end + math.prod(shape) * dtype.itemsize
-            offsets[name] = (begin, end)
-        return offsets
+        descriptor, self._descriptor = self._descriptor, -1  # closed even if closing fails, as on a full network disk it may
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def _header(self, checksum: str) -> bytes:
         metadata = {METADATA_KEY: json.dumps({**self._metadata, "checksum": checksum}, sort_keys=True)}
         entries = {
             name: {"dtype": DTYPES[self._shapes[name][0]], "shape": self._shapes[name][1], "data_offsets": offsets}
-            for name, offsets in self._offsets().items()
+            for name, offsets in self._offsets.items()
         }
         header = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":"), ensure_ascii=False).encode()
-        return header + b" " * (-len(header) % 8)  # tensors begin at a multiple of eight
+        return header + b" " * (-len(header) % 8)  # so that every tensor begins at a multiple of its own width
 
     def _write(self, content: memoryview, position: int) -> None:
         while content:
-            written = os.pwrite(self._descriptor, content, position)  # at most 2 GB at once
+            written = os.pwrite(self._descriptor, content[:MOST_AT_ONCE], position)
+            if not written:
+                raise OSError(errno.ENOSPC, "the file system took no more bytes")
             content, position = content[written:], position + written
+
+
+def _offsets(shapes: Shapes) -> dict[str, tuple[int, int]]:
+    """Returns where each tensor begins and ends, counted from the end of the header, in the order of the file."""
+    offsets, end = {}, 0
+    for name in sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name)):
+        dtype, shape = shapes[name]
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        offsets[name] = (begin, end)
+    return offsets
 
 
 def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:

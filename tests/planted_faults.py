@@ -219,16 +219,16 @@ class FinalNormForLastBlock(HookPointMoved):
 
 
 class LateCopier(HostCopier):
-    """Hands out a buffer at once, and fills it when the next copy starts: a copy that nobody waited for."""
+    """Hands out a buffer at once, and fills it only after it was read: a copy that nobody waited for."""
 
     def start(self, batch, check):
-        waiting = getattr(self, "_waiting", None)
-        if waiting is not None:
-            for name, values in waiting[0].items():
-                waiting[1][name].copy_(values)
         late = {name: torch.zeros_like(values) for name, values in batch.activations.items()}
-        self._waiting = batch.activations, late
-        return HostCopy(replace(batch, activations=late), wait=lambda: None, release=lambda: None)
+
+        def fill():
+            for name, values in batch.activations.items():
+                late[name].copy_(values)
+
+        return HostCopy(replace(batch, activations=late), wait=lambda: None, release=fill)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from torch import Tensor
 BLOCKS = {"demo": (1, 3), "neox-256": (2, 5)}
 """Which blocks' outputs are read: one in the middle, and the last."""
 
-WIDTHS = {"demo": 160, "neox-256": 256}
 LONGEST = {"ragged": 1024, "equal": 128}
 Outputs = dict[str, Tensor]
 
@@ -65,7 +64,8 @@ class Case:
     def activation_bytes(self) -> int:
         """Returns how many bytes of activations are wanted."""
         n_rows = self.n * len(self.poolings) if self.wanted == "pooled" else sum(len(row) for row in self.token_ids())
-        return n_rows * len(self.blocks) * WIDTHS[self.model] * 4
+        width: int = json.loads(Path(self.model_path, "config.json").read_text())["hidden_size"]
+        return n_rows * len(self.blocks) * width * 4
 
     def read_texts(self) -> list[str]:
         """Returns the texts."""

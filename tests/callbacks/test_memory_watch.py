@@ -147,7 +147,7 @@ def test_the_message_says_what_is_left_what_must_be_what_is_held_and_what_to_do(
     assert stops(monkeypatch, 0.05, Room("the machine", 24 * GIB, 9 * GIB // 10)) == (
         "stopped before the machine runs out of memory: 0.90 GiB of 24.00 GiB are left (at least 1.20 GiB must stay free), "
         "this process holds 20.10 GiB. What was published stays: free memory and start the same command again, and it goes on "
-        "from there; or begin anew with --overwrite and a smaller --shard-tokens or --token-budget"
+        "from there; or begin anew with --overwrite and a smaller --token-budget (or, where means are taken, --shard-tokens)"
     )
 
 

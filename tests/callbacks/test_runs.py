@@ -67,6 +67,19 @@ def test_a_run_killed_before_its_first_shard_can_be_started_again(tmp_path, star
     assert content(out) == reference
 
 
+def test_a_run_killed_in_the_middle_of_a_shard_leaves_a_part_that_nobody_reads_and_the_next_start_removes(tmp_path, start):
+    out, several_steps = tmp_path / "run", ("--shard-tokens", "400")
+    start(tmp_path / "whole", 1, *several_steps).succeed()
+    run = start(out, 1, *several_steps, seconds_per_batch=0.3)
+    while not any(part.stat().st_size for part in (out / "shards").glob(".*.tmp")):
+        assert run.processes[0].is_alive(), run.stderr
+        time.sleep(0.001)
+    run.kill()
+    assert len(list((out / "shards").glob(".*.tmp"))) == 1 and stamps(out) == {}
+    start(out, 1, *several_steps).succeed()
+    assert content(out) == content(tmp_path / "whole")
+
+
 def test_when_only_the_first_rank_is_killed_the_others_end_and_the_run_can_go_on(tmp_path, arguments, cache, start, reference):
     """Under Lightning's own launcher, where rank 0 is the other ranks' parent."""
     out = tmp_path / "run"

@@ -1,11 +1,16 @@
 """A shard takes the batches of its plan in their order, whole, and nothing else; both kinds keep what came bit for bit."""
 
+import gc
 import os
+import stat
+import weakref
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
+from exactivations.store import shard as shard_module
 from exactivations.store.batches import ActivationBatch, ActivationSpec, Place
 from exactivations.store.errors import NotFiniteError, StoreError
 from exactivations.store.incoming_shard import ShardPlan
@@ -51,7 +56,7 @@ def streamed(path, n_rows, n_tokens, specs=SPECS):
 
 
 def summed(path, n_rows, n_tokens, specs=SPECS):
-    memory = ShardMemory(ShardPlan(0, n_rows + 3, n_tokens + 5, specs))
+    memory = ShardMemory(specs, n_rows + 3, n_tokens + 5)
     for values in memory.of(ShardPlan(4, n_rows + 3, n_tokens + 5, specs)).values():
         values.fill_(1)  # it was used before
     content = ShardContent(MeanOptions((Vector(("h",), "mean"),)))
@@ -161,6 +166,72 @@ def test_what_is_not_finite_is_refused_before_any_of_its_batch_is_kept(tmp_path,
     shard.discard()
 
 
+def open_files():
+    return sorted(
+        os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")
+    )
+
+
+def test_rows_are_in_the_file_and_not_in_memory_as_soon_as_they_came(tmp_path):
+    before, shard, coming = open_files(), streamed(tmp_path / "s", 3, 8), batch([5, 3], 3, 0, 0)
+    shard.put(coming)
+    tensors = [weakref.ref(values) for values in coming.activations.values()]
+    (temporary,) = tmp_path.iterdir()
+    for name in SPECS:
+        assert coming.activations[name].numpy().tobytes() in temporary.read_bytes()
+    del coming
+    gc.collect()
+    assert [tensor() for tensor in tensors] == [None, None]
+    shard.discard()
+    assert list(tmp_path.iterdir()) == [] and open_files() == before
+
+
+@pytest.mark.parametrize("step", ["write", "close", "fsync", "rename", "folder"])
+def test_a_failure_at_the_end_leaves_nothing_behind_and_no_file_open(tmp_path, monkeypatch, step):
+    """After a rename the shard is there whole: only that the folder reached the disk is not known."""
+    before, shard = open_files(), streamed(tmp_path / "s", 3, 8)
+    for coming in BATCHES:
+        shard.put(coming)
+    close, fsync = os.close, os.fsync
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    def close_and_fail(descriptor):
+        close(descriptor)
+        fail()
+
+    def fail_on_folders(descriptor):
+        fail() if stat.S_ISDIR(os.fstat(descriptor).st_mode) else fsync(descriptor)
+
+    place, wrong = {
+        "write": ((os, "pwrite"), fail),
+        "close": ((os, "close"), close_and_fail),
+        "fsync": ((os, "fsync"), fail),
+        "rename": ((Path, "replace"), fail),
+        "folder": ((os, "fsync"), fail_on_folders),
+    }[step]
+    with monkeypatch.context() as patch:
+        patch.setattr(*place, wrong)
+        with pytest.raises(StoreError, match=r"cannot write .*/s: .*No space left"):
+            shard.publish()
+        shard.discard()
+    assert [path.name for path in tmp_path.iterdir()] == (["s"] if step == "folder" else []) and open_files() == before
+    if step == "folder":
+        verify_shard(tmp_path / "s")
+
+
+def test_content_is_flushed_before_the_name_and_the_name_after_it(tmp_path, monkeypatch):
+    shard, steps = streamed(tmp_path / "s", 3, 8), []
+    for coming in BATCHES:
+        shard.put(coming)
+    replace, flush = Path.replace, shard_module.flush_to_disk
+    monkeypatch.setattr(shard_module, "flush_to_disk", lambda p: (steps.append(("flush", p.is_dir())), flush(p))[1])
+    monkeypatch.setattr(Path, "replace", lambda a, b: (steps.append(("rename", None)), replace(a, b))[1])
+    shard.publish()
+    assert steps == [("flush", False), ("rename", None), ("flush", True)]
+
+
 def test_a_disk_that_is_full_is_told_with_the_first_row_that_does_not_fit(tmp_path, monkeypatch):
     shard = streamed(tmp_path / "s", 3, 8)
     shard.put(BATCHES[0])
@@ -175,6 +246,6 @@ def test_a_disk_that_is_full_is_told_with_the_first_row_that_does_not_fit(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_not_there_is_told_before_anything_is_computed(tmp_path):
+def test_a_folder_that_is_not_there_is_told_when_the_shard_begins(tmp_path):
     with pytest.raises(StoreError, match=r"cannot write .*the folder is not there"):
         streamed(tmp_path / "absent" / "s", 3, 8)

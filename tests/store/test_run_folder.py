@@ -127,12 +127,13 @@ def test_missing_numbers_are_equal_to_themselves_and_to_nothing_else(tmp_path):
         prepare(tmp_path, table=table.set_column(table.column_names.index("score"), "score", pa.array([1.0, 0.0, 2.0])))
 
 
-def test_a_newer_format_version_is_refused(tmp_path):
+@pytest.mark.parametrize(("version", "remedy"), [(4, "or a newer one"), (2, "or make it anew with --overwrite")])
+def test_another_format_version_is_refused(tmp_path, version, remedy):
     folder = prepare(tmp_path)
     content = json.loads((tmp_path / "run.json").read_text())
-    (tmp_path / "run.json").write_text(json.dumps(content | {"format_version": 4}))
+    (tmp_path / "run.json").write_text(json.dumps(content | {"format_version": version}))
     for attempt in (folder.read_info, lambda: prepare(tmp_path)):
-        with pytest.raises(StoreError, match="store format version 4, this exactivations reads version 3"):
+        with pytest.raises(StoreError, match=f"store format version {version}, this exactivations reads version 3: .*{remedy}$"):
             attempt()
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 from hypothesis import given, settings
@@ -84,6 +85,26 @@ def test_every_single_flipped_bit_in_the_whole_file_is_found(tmp_path):
             damaged[position] ^= 1 << bit
     path.write_bytes(damaged)
     verify_shard(path)
+
+
+@pytest.mark.parametrize("what", ["swapped", "renamed", "reshaped", "of another dtype"])
+def test_tensors_that_were_changed_as_a_whole_are_found(tmp_path, what):
+    """The file is sound for safetensors, and every byte of every tensor is still there."""
+    tensors = {"a": torch.arange(16.0).reshape(2, 8), "b": torch.arange(16.0).reshape(2, 8) + 1}
+    write_shard(tmp_path / "s", tensors, METADATA)
+    with safetensors.safe_open(tmp_path / "s", framework="pt") as file:
+        metadata = file.metadata()
+    changed = {
+        "swapped": {"a": tensors["b"], "b": tensors["a"]},
+        "renamed": {"a": tensors["a"], "c": tensors["b"]},
+        "reshaped": {"a": tensors["a"].reshape(4, 4), "b": tensors["b"]},
+        "of another dtype": {"a": tensors["a"].view(torch.int32), "b": tensors["b"]},
+    }[what]
+    safetensors.torch.save_file(tensors, tmp_path / "same", metadata)
+    verify_shard(tmp_path / "same")
+    safetensors.torch.save_file(changed, tmp_path / "s", metadata)
+    with pytest.raises(CorruptShardError, match="is damaged"):
+        verify_shard(tmp_path / "s")
 
 
 def test_every_truncation_is_found_without_reading_the_tensors(path):

@@ -86,7 +86,7 @@ def test_batches_of_any_size_give_the_same_bits(tmp_path_factory, seed, n, dtype
     names = [name for name in tensors if "/" in name]
     specs = {name: ActivationSpec(name.endswith("/tokens"), WIDTH, dtype) for name in names}
     plan = ShardPlan(0, n, len(tensors["input_ids"]), specs)
-    memory = ShardMemory(ShardPlan(1, n + 5, len(tensors["input_ids"]) + 20, specs))  # larger, and used before
+    memory = ShardMemory(specs, n + 5, len(tensors["input_ids"]) + 20)  # larger, and used before
     for values in memory.of(ShardPlan(1, n + 5, len(tensors["input_ids"]) + 20, specs)).values():
         values.fill_(77)
     path = tmp_path_factory.mktemp("shard") / "s"

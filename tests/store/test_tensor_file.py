@@ -85,3 +85,40 @@ def test_what_was_not_planned_is_refused(tmp_path):
     with pytest.raises(AssertionError, match="rows are missing"):
         file.finish()
     file.close()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "metadata", "message"),
+    [
+        ({"x": (torch.complex64, (2,))}, {}, r"x: torch\.complex64 is written nowhere here"),
+        ({"__metadata__": (torch.bool, (2,))}, {}, "name of the metadata"),
+        ({"x": (torch.bool, (2,))}, {"checksum": "0"}, "the checksum is made here"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_there_is_a_file(tmp_path, shapes, metadata, message):
+    with pytest.raises(AssertionError, match=message):
+        TensorFile(tmp_path / "f", shapes, metadata)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_that_takes_nothing_more_is_an_error_and_no_endless_loop(tmp_path, monkeypatch):
+    file = TensorFile(tmp_path / "f", {"x": (torch.int64, (5,))}, {})
+    monkeypatch.setattr(os, "pwrite", lambda *_: 0)
+    with pytest.raises(OSError, match="took no more bytes"):
+        file.append("x", torch.arange(5))
+    file.close()
+
+
+def test_a_descriptor_is_closed_once_even_if_closing_fails(tmp_path, monkeypatch):
+    file, close, closed = TensorFile(tmp_path / "f", {"x": (torch.int64, (0,))}, {}), os.close, []
+
+    def close_and_fail(descriptor):
+        closed.append(descriptor)
+        close(descriptor)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "close", close_and_fail)
+    with pytest.raises(OSError, match="No space left"):
+        file.finish()
+    file.close()
+    assert len(closed) == 1

@@ -3,6 +3,7 @@
 Variants: in dataset order, sorted by length, or one by one (which needs no padding, and is what the others are held against).
 """
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -31,10 +32,11 @@ def prepare(case: Case, *, sort: bool = False, size: int = 32) -> Round:
                     states[name] = output
 
                 hooks.callback(module.register_forward_hook(keep).remove)
-            for samples, batch in padded_batches(tokenizer, ids, order, size):
-                model(**({"input_ids": batch["input_ids"]} if size == 1 else batch), use_cache=False)
+            for samples, batch in alone(ids) if size == 1 else padded_batches(tokenizer, ids, order, size):
+                model(**batch, use_cache=False)
                 if case.wanted == "pooled":
-                    found.append((samples, pooled_states(states, batch["attention_mask"])))
+                    mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+                    found.append((samples, pooled_states(states, mask)))
                 else:
                     found.append((samples, {f"{name}/tokens": state for name, state in states.items()}))
         return found
@@ -43,3 +45,8 @@ def prepare(case: Case, *, sort: bool = False, size: int = 32) -> Round:
         return gathered(found, case.n) if case.wanted == "pooled" else tokens_gathered(found, [len(row) for row in ids])
 
     return Round(run, outputs)
+
+
+def alone(ids: list[list[int]]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Yields each sample's number and ids [1, length]."""
+    return (([i], {"input_ids": torch.tensor([row])}) for i, row in enumerate(ids))
