@@ -23,6 +23,7 @@ class HostCopier:
     """
 
     def __init__(self, device: torch.device, n_slots: int = 4) -> None:
+        self._device = device
         # torch has no annotations there
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._free: queue.SimpleQueue[dict[str, Tensor]] = queue.SimpleQueue()
@@ -32,8 +33,9 @@ class HostCopier:
     def start(self, batch: ActivationBatch, check: Callable[[], None]) -> "HostCopy":
         """Starts the copy of a batch; `check` is called while waiting for a buffer, and may raise."""
         if self._stream is None:
-            on_host = {name: values.cpu() for name, values in batch.activations.items()}
-            return HostCopy(replace(batch, activations=on_host), wait=lambda: None, release=lambda: None)
+            if self._device.type != "cpu":
+                batch = replace(batch, activations={name: values.cpu() for name, values in batch.activations.items()})
+            return HostCopy(batch, wait=lambda: None, release=lambda: None)
         slot = self._wait_for_slot(check)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         copied = {}

@@ -224,6 +224,7 @@ class LateCopier(HostCopier):
     def start(self, batch, check):
         late = {name: torch.zeros_like(values) for name, values in batch.activations.items()}
 
+        @torch.inference_mode()
         def fill():
             for name, values in batch.activations.items():
                 late[name].copy_(values)

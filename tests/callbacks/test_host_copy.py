@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,20 @@ def test_on_a_cpu_batches_pass_through_as_they_are():
     assert copies[0].batch is first and copies[1].batch is second
     copies[0].wait()
     copies[0].release()
+
+
+def test_from_a_device_that_is_neither_cpu_nor_cuda_a_batch_is_copied_at_once():
+    class Elsewhere:
+        def __init__(self, values):
+            self.values = values
+
+        def cpu(self):
+            return self.values
+
+    there = batch(3)
+    away = replace(there, activations={name: Elsewhere(values) for name, values in there.activations.items()})
+    copy = HostCopier(torch.device("mps"), n_slots=1).start(away, no_check)
+    assert all(copy.batch.activations[name] is values for name, values in there.activations.items())
 
 
 class FakeEvent:

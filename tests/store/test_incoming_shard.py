@@ -128,13 +128,13 @@ def test_a_row_that_comes_twice_or_too_early_is_refused(tmp_path, kind, wrong):
         ({"place": None}, "without a place"),
         ({"place": Place(3, 0, 0)}, "came, the next one is"),
         ({"token_mask": torch.ones(5, dtype=torch.bool)}, "token_mask: planned"),
-        ({"token_mask": torch.ones(6)}, "token_mask: planned torch.bool"),
+        ({"token_mask": torch.ones(6)}, r"token_mask: planned \(torch\.bool"),
         ({"n_tokens": torch.tensor([3, 2])}, "disagree"),
         ({"activations": {"h/mean": torch.ones(2, 2)}}, "planned"),
         ({"activations": {"h/mean": torch.ones(2, 3), "h/tokens": torch.ones(6, 2)}}, "h/mean: planned"),
         ({"activations": {"h/mean": torch.ones(1, 2), "h/tokens": torch.ones(6, 2)}}, "h/mean: planned"),
         ({"activations": {"h/mean": torch.ones(2, 2), "h/tokens": torch.ones(5, 2)}}, "h/tokens: planned"),
-        ({"activations": {"h/mean": torch.ones(2, 2).double(), "h/tokens": torch.ones(6, 2)}}, "h/mean: planned torch.float32"),
+        ({"activations": {"h/mean": torch.ones(2, 2).double(), "h/tokens": torch.ones(6, 2)}}, r"h/mean: planned \(torch\.float32"),
     ],
 )
 def test_what_does_not_fit_its_place_is_refused(tmp_path, kind, changes, message):
