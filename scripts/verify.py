@@ -41,6 +41,7 @@ def verify(
 
     folder = RunFolder(run)
     info, elsewhere = folder.read_info(), Elsewhere(model, tokenizer, dataset, config_name, split)
+    folder.refuse_completions(info, f"their bytes are compared with `exactivations show {run} --checksums`")
     verification = verify_store(
         run, extractor_of(info, elsewhere), data_of(info, elsewhere), n_samples=samples, seed=seed,
         dtype=None if dtype is None else DTYPES[dtype], device=chosen_device(device),

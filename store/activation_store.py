@@ -88,8 +88,7 @@ class ActivationStore:
     ) -> None:
         self.folder = RunFolder(path)
         self.info = self.folder.read_info()
-        if "alphas" in self.info.identity:
-            raise StoreError(f"{path} holds completions, and no activations: read it with open_completions({str(path)!r})")
+        self.folder.refuse_completions(self.info, f"read it with open_completions({str(path)!r})")
         if not self.info.keeps_rows and not allow_witnesses:
             raise StoreError(
                 f"{path} keeps means, and not the rows of its samples: read it with MeanActivations.load({str(path)!r}), or "

@@ -92,7 +92,7 @@ def write_control_vector(path: Path, directions: Mapping[int, npt.NDArray[np.flo
         from gguf import GGUFWriter
     except ImportError as error:
         raise InvalidInputError(
-            "control vectors (.gguf) are written by the package gguf, which is not installed: pip install 'exactivations[gguf]'"
+            "control vectors (.gguf) are written by the package gguf, which is not installed: pip install '.[gguf]' in the clone"
         ) from error
     writer = GGUFWriter(path, ARCHITECTURE)
     try:

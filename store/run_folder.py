@@ -148,6 +148,15 @@ class RunFolder:
             raise StoreError(f"{path} cannot be read: it lacks {', '.join(missing)}")
         return RunInfo(**{f.name: content[f.name] for f in fields(RunInfo)})
 
+    def refuse_completions(self, info: RunInfo, instead: str) -> None:
+        """Refuses a run whose rows are completions, and no activations.
+
+        Raises:
+            StoreError: Saying what to do instead.
+        """
+        if "alphas" in info.identity:
+            raise StoreError(f"{self.path} holds completions, and no activations: {instead}")
+
     def read_samples(self, columns: list[str] | None = None) -> pa.Table:
         """Reads samples.parquet, or some columns of it."""
         try:

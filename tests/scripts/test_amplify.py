@@ -98,3 +98,6 @@ def test_show_tells_what_a_run_of_completions_holds_and_it_is_no_store_of_activa
     assert "1 rollouts at alpha 0.5" in said
     with pytest.raises(StoreError, match="holds completions, and no activations"):
         ActivationStore(tmp_path / "run")
+    with pytest.raises(SystemExit):
+        main(["verify", str(tmp_path / "run")])
+    assert f"compared with `exactivations show {tmp_path / 'run'} --checksums`" in capsys.readouterr().err
