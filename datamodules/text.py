@@ -220,7 +220,7 @@ class TextDataModule(pl.LightningDataModule):
             self.steps_of(self.shards_of(rank, world_size)),
             batch_size=None,
             num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 
     def shards_of(self, rank: int, world_size: int) -> list[int]:

@@ -107,13 +107,16 @@ class ActivationExtractor(pl.LightningModule):
         """Loads, hashes, cuts and moves the model and looks once at every hook point; the second call returns the same.
 
         Raises:
-            InvalidInputError: If it cannot be loaded or read as asked, or was loaded onto another device before.
+            InvalidInputError: If it cannot be loaded or read as asked, or is on another device already.
         """
         given, device = self._given[0], torch.device(device)
+        there = self._loaded.device if self._loaded is not None else None if isinstance(given, str) else given.device
+        if there is not None and device.type != "cpu" and (there.type != device.type or device.index not in (None, there.index)):
+            remedy = (
+                f"make a new extractor for {device}" if isinstance(given, str) else f"move it, or let the Trainer work on {there}"
+            )
+            raise InvalidInputError(f"{self.model_name or type(given).__name__} is on {there}, to be read on {device}: {remedy}")
         if self._loaded is not None:
-            elsewhere = self._loaded.device.type != device.type or device.index not in (None, self._loaded.device.index)
-            if isinstance(given, str) and elsewhere and device.type != "cpu":
-                raise InvalidInputError(f"{given} was loaded onto {self._loaded.device} before: make a new extractor for {device}")
             return self._loaded
         if self.cpu_threads is not None:
             torch.set_num_threads(self.cpu_threads)
@@ -174,15 +177,16 @@ class ActivationExtractor(pl.LightningModule):
         """Loads the model onto this rank's device and holds the data against it.
 
         Raises:
-            InvalidInputError: If the Trainer would change dtypes, a sample is too long for the model, an id is outside its
-                vocabulary, or padding was asked for and the model does not allow it.
+            InvalidInputError: If the Trainer would change dtypes, float32 would be multiplied as TF32, a sample is too long for the
+                model, an id is outside its vocabulary, or padding was asked for and the model does not allow it.
         """
         if str(self.trainer.precision) != "32-true":
             raise InvalidInputError(
                 f"Trainer(precision={self.trainer.precision!r}) would cast the batch: leave it at '32-true' and give the extractor "
                 "its dtype, ModelOptions(dtype='bfloat16')"
             )
-        self.load(self.device)
+        loaded = self.load(self.device)
+        refuse_short_cuts(loaded.device, loaded.model.dtype)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, TextDataModule):
             self.check_fits(data)
@@ -198,7 +202,8 @@ class ActivationExtractor(pl.LightningModule):
     def predict_step(self, step: TokenStep, batch_idx: int = 0) -> ActivationBatch:
         """Computes the batches of a step and returns what was asked for at every hook point, in one piece.
 
-        No attention mask is made and no padded position is read. Nothing here waits for the device.
+        No attention mask is made and no padded position is read. Nothing here waits for the device (transformers does, once a
+        forward pass, for whether texts are packed).
 
         Raises:
             InvalidInputError: If a hook point was not reached or is not a tensor [B, L, D], or a batch is too large for the device.
@@ -215,7 +220,8 @@ class ActivationExtractor(pl.LightningModule):
     @torch.no_grad()
     def _compute(self, step: TokenStep) -> ActivationBatch:
         loaded, host = self.load(self.device), step.on_host
-        step = step.to(loaded.device)
+        if step.input_ids.device != loaded.device:  # from the host: a copy from one device to another might not be waited for
+            step = host.to(loaded.device)
         kept = {
             name: empty_on(
                 loaded.device, len(host.input_ids if spec.per_token else host.sample_index), spec.width, dtype=spec.dtype
@@ -226,6 +232,7 @@ class ActivationExtractor(pl.LightningModule):
         pools = {name: Pooling(name, host.token_mask, host.n_tokens, loaded.device) for name in self.poolings if name != TOKENS}
 
         def read(name: str, states: Tensor) -> None:
+            states = states.to(loaded.device)  # a model that is spread over devices gives them where its blocks are
             if states.ndim != 3 or states.shape[:2] != input_ids.shape:
                 raise InvalidInputError(
                     f"hook point {name} has shape {list(states.shape)}, expected [B, L, D] with [B, L] = {list(input_ids.shape)}"
@@ -249,6 +256,21 @@ class ActivationExtractor(pl.LightningModule):
 
     def _out_dtype(self, loaded: LoadedModel) -> torch.dtype:
         return loaded.model.dtype if self.store_dtype is None else DTYPES[self.store_dtype]
+
+
+def refuse_short_cuts(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuses to call float32 what a GPU computes in TF32, with three digits.
+
+    Raises:
+        InvalidInputError: Saying how to have either.
+    """
+    precision = torch.get_float32_matmul_precision()
+    if device.type == "cuda" and dtype == torch.float32 and precision != "highest":
+        raise InvalidInputError(
+            f"float32 matmul precision is {precision!r}, so that {device} would multiply float32 with three digits (TF32), and "
+            "verification would fail: torch.set_float32_matmul_precision('highest') (and no TORCH_ALLOW_TF32_CUBLAS_OVERRIDE), or "
+            "take bfloat16"
+        )
 
 
 def _too_large(step: TokenStep, error: torch.cuda.OutOfMemoryError) -> InvalidInputError:

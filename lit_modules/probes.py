@@ -118,7 +118,7 @@ class ProbeSweep(pl.LightningModule):
             self.validated[name] = Validated(best, chosen, of_chosen)
         what = headline_of(self.n_classes)
         for name in data.names:
-            self.log(f"validation {what}/{name}", self.validated[name].values[0].max(), sync_dist=True)
+            self.log(f"validation {what}/{name}", self.validated[name].values[0].max().to(self.device), sync_dist=True)
 
     def on_test_epoch_start(self) -> None:
         """Refuses to test what was not validated."""
@@ -136,7 +136,8 @@ class ProbeSweep(pl.LightningModule):
         labels, what = self.data.targets("test"), headline_of(self.n_classes)
         self.tested = {name: scores[:, 0] for name, scores in self._gathered("test").items()}
         for name, scores in self.tested.items():
-            self.log(f"test {what}/{name}", headline(scores[:1], labels[0], self.n_classes)[0], sync_dist=True)
+            value = headline(scores[:1], labels[0], self.n_classes)[0]
+            self.log(f"test {what}/{name}", value.to(self.device), sync_dist=True)
 
     def _collect(self, batch: Examples, part: str, *, only_chosen: bool = False) -> None:
         numbers = self.data.numbers(part)

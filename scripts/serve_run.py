@@ -22,7 +22,9 @@ def checked_libraries() -> None:
     """
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
     if missing:
-        raise InvalidInputError(f"serving needs {', '.join(missing)}: install exactivations with its extra, pip install '.[serve]' in the clone")
+        raise InvalidInputError(
+            f"serving needs {', '.join(missing)}: install exactivations with its extra, pip install '.[serve]' in the clone"
+        )
 
 
 def api_key_from(file: str | None) -> str | None:

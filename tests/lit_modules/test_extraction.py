@@ -7,6 +7,7 @@ import transformers
 
 from exactivations.datamodules import PlanOptions, TextDataModule, TextOptions, plan
 from exactivations.lit_modules import ActivationExtractor, ModelOptions
+from exactivations.lit_modules.extraction import refuse_short_cuts
 from exactivations.lit_modules.hook_points import dissect
 from exactivations.store import ActivationBatch, TokenBatch
 from exactivations.store.batches import Place
@@ -380,3 +381,25 @@ def test_padding_is_refused_for_encoders_before_anything_runs(cache):
     data = TextDataModule(["w7 w8"], word_tokenizer(), plan_options=PlanOptions(padding="tail"))
     with pytest.raises(InvalidInputError, match="needs a causal model"):
         ActivationExtractor(tiny_model("bert"), ["resid_post.1"], ["mean"]).check_fits(data)
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_a_model_that_is_held_elsewhere_is_refused_and_not_read_from_afar(is_loaded):
+    """Ids would go to its device by a copy that nobody waits for."""
+    extractor = ActivationExtractor(tiny_model("llama"), ["resid_post.0"], ["last"])
+    if is_loaded:
+        extractor.load()
+    with pytest.raises(InvalidInputError, match=r"is on cpu, to be read on cuda:0: move it, or let the Trainer work on cpu"):
+        extractor.load("cuda:0")
+
+
+def test_float32_that_a_gpu_would_multiply_as_tf32_is_refused(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    refuse_short_cuts(cuda, torch.float32)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    refuse_short_cuts(cuda, torch.bfloat16)
+    refuse_short_cuts(torch.device("cpu"), torch.float32)
+    with pytest.raises(
+        InvalidInputError, match=r"precision is 'high', so that cuda:0 .* set_float32_matmul_precision\('highest'\)"
+    ):
+        refuse_short_cuts(cuda, torch.float32)
