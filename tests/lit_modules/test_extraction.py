@@ -400,6 +400,6 @@ def test_float32_that_a_gpu_would_multiply_as_tf32_is_refused(monkeypatch):
     refuse_short_cuts(cuda, torch.bfloat16)
     refuse_short_cuts(torch.device("cpu"), torch.float32)
     with pytest.raises(
-        InvalidInputError, match=r"precision is 'high', so that cuda:0 .* set_float32_matmul_precision\('highest'\)"
+        InvalidInputError, match=r"precision is 'high', so that cuda:0 .*_precision\('highest'\)"
     ):
         refuse_short_cuts(cuda, torch.float32)
