@@ -84,7 +84,8 @@ def test_places_of_batches_and_the_samples_table_agree(word_tokenizer):
 def test_ranks_cover_all_samples_once_whatever_their_number(word_tokenizer, world_size):
     seen, data = Counter(), make(TEXTS, word_tokenizer)
     for rank in range(world_size):
-        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+        strategy = SimpleNamespace(root_device=torch.device("cpu"))
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=world_size, strategy=strategy)
         seen += check_against_texts(batches_of(data), TEXTS, word_tokenizer)
     assert seen == Counter(range(len(TEXTS)))
 
