@@ -399,7 +399,5 @@ def test_float32_that_a_gpu_would_multiply_as_tf32_is_refused(monkeypatch):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     refuse_short_cuts(cuda, torch.bfloat16)
     refuse_short_cuts(torch.device("cpu"), torch.float32)
-    with pytest.raises(
-        InvalidInputError, match=r"precision is 'high', so that cuda:0 .*_precision\('highest'\)"
-    ):
+    with pytest.raises(InvalidInputError, match=r"precision is 'high', so that cuda:0 .*_precision\('highest'\)"):
         refuse_short_cuts(cuda, torch.float32)
