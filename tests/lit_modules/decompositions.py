@@ -1,6 +1,7 @@
 """Tiny decomposed models with sets of causal importances, and what their attributions are by the definition alone."""
 
 import torch
+import transformers
 
 from exactivations.datamodules.ci_prompts import CiPrompt
 from exactivations.lit_modules.component_model import ComponentModel
@@ -104,3 +105,15 @@ def naive(components, prompt, name, unmasked=False):
                         if alive[source][s_in, c_in]:
                             found[source, target][s_in, c_in, s_out, c_out] = values[s_in, c_in].item()
     return found, probabilities
+
+
+class ToyLanguageModel(transformers.PreTrainedModel):
+    """What transformers asks of a causal language model, for one that has an `embed` and a `head`."""
+
+    config_class = transformers.PreTrainedConfig
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.head

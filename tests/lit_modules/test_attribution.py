@@ -16,7 +16,7 @@ from exactivations.store.attributions import read_attributions, write_attributio
 from exactivations.store.ci_sets import CiSets, write_ci_sets
 from exactivations.store.errors import InvalidInputError
 
-from .decompositions import MAPS, OVER_POSITIONS, THRESHOLD, decomposed, naive, random_prompt
+from .decompositions import MAPS, OVER_POSITIONS, THRESHOLD, ToyLanguageModel, decomposed, naive, random_prompt
 from .pairs import language_model
 
 # Norms and rotary angles of Hugging Face models compute in float32 also where the model is in float64.
@@ -93,10 +93,9 @@ def test_sets_together_are_sets_one_by_one_whatever_is_beside_them_and_however_l
         assert torch.equal(pair.original_alive_mask_out, original if pair.target == "output" else own[pair.target])
 
 
-class LinearModel(t.PreTrainedModel):
+class LinearModel(ToyLanguageModel):
     """A causal language model that is linear in its token embeddings: residual blocks, and a fixed mean over what came before."""
 
-    config_class = t.PreTrainedConfig
     looks_ahead = False
 
     def __init__(self, config):
@@ -107,12 +106,6 @@ class LinearModel(t.PreTrainedModel):
         self.up = nn.ModuleList(nn.Linear(8, 12, bias=False) for _ in range(2))
         self.down = nn.ModuleList(nn.Linear(12, 8, bias=False) for _ in range(2))
         self.head = nn.Linear(8, 20, bias=False)
-
-    def get_input_embeddings(self):
-        return self.embed
-
-    def get_output_embeddings(self):
-        return self.head
 
     def forward(self, input_ids):
         x = self.embed(input_ids)

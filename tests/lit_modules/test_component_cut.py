@@ -11,7 +11,7 @@ from exactivations.lit_modules.component_cut import logits
 from exactivations.lit_modules.component_model import ComponentModel
 from exactivations.store.errors import InvalidInputError
 
-from .decompositions import MAPS, naive, random_prompt
+from .decompositions import MAPS, ToyLanguageModel, naive, random_prompt
 from .pairs import language_model
 
 IDS = torch.tensor([[7, 33, 8, 91], [44, 12, 70, 9]])
@@ -23,21 +23,13 @@ OPT = t.OPTConfig(
 )  # fmt: skip
 
 
-class InPlace(t.PreTrainedModel):
+class InPlace(ToyLanguageModel):
     """Changes in place what the token embedding wrote and a map has read."""
-
-    config_class = t.PreTrainedConfig
 
     def __init__(self, config):
         super().__init__(config)
         self.embed, self.head = nn.Embedding(99, 8), nn.Linear(8, 99)
         self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
-
-    def get_input_embeddings(self):
-        return self.embed
-
-    def get_output_embeddings(self):
-        return self.head
 
     def forward(self, input_ids):
         x = self.embed(input_ids)
