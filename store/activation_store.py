@@ -1,6 +1,7 @@
 """Reading a finished run: any sample in one step, pooled rows in dataset order, tokens in blocks."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,9 @@ from exactivations.store.row_bytes import row_bytes
 from exactivations.store.run_folder import SAMPLES_FILE, RunFolder, places_of_shards
 from exactivations.store.shard import verify_shard
 from exactivations.store.verification import refuse_unverified
+
+BYTES_FOR_THREADS = 64 << 20  # for less, starting threads takes longer than they save
+Rows = slice | npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -189,9 +193,26 @@ class ActivationStore:
         name = self._name(hook_point, pooling, per_token=False)
         spec = self.info.activations[name]
         out = empty_on_host(len(self), spec["width"], dtype=getattr(torch, spec["dtype"]))
-        for shard, positions in self._positions.items():
-            row_bytes(out)[positions] = row_bytes(self._tensors(shard)[name])
+        self._copy(name, [(positions, shard, slice(None)) for shard, positions in self._positions.items()], out)
         return out
+
+    def _copy(self, name: str, pieces: list[tuple[npt.NDArray[np.int64], int, Rows]], out: Tensor) -> None:
+        """Copies rows of shards to rows of `out`: each piece says to which rows, from which shard, which of its rows."""
+        if not pieces:
+            return
+        rows = row_bytes(out)
+        of_shard = {shard: row_bytes(self._tensors(shard)[name]) for _, shard, _ in pieces}
+
+        def copy(piece: tuple[npt.NDArray[np.int64], int, Rows]) -> None:
+            to, shard, chosen = piece
+            rows[to] = of_shard[shard][chosen]
+
+        if out.nbytes < BYTES_FOR_THREADS:
+            for piece in pieces:
+                copy(piece)
+        else:
+            with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # NumPy copies without the interpreter's lock
+                list(threads.map(copy, pieces))  # raises what one of them raised
 
     def tokens(self, hook_point: str, block_tokens: int = 65536) -> Iterator[TokenBlock]:
         """Yields the rows of all tokens in blocks of whole samples, in the order of the shards (the fastest to read).
@@ -273,11 +294,12 @@ class ActivationStore:
         order = np.argsort(shard.astype(np.int64) << 40 | row)  # by shard, and in it as the rows lie there
         starts = np.flatnonzero(np.diff(shard[order], prepend=-1))
         out = empty_on_host(len(numbers), *shape, dtype=dtype)
+        pieces = []
         for chosen in np.split(order, starts)[1:]:  # what is before the first start is nothing
             wanted = row[chosen]
             in_one_piece = bool((np.diff(wanted) == 1).all())  # then they are copied once, and not gathered before
-            rows = slice(wanted[0], wanted[-1] + 1) if in_one_piece else wanted
-            row_bytes(out)[chosen] = row_bytes(self._tensors(int(shard[chosen[0]]))[name])[rows]
+            pieces.append((chosen, int(shard[chosen[0]]), slice(wanted[0], wanted[-1] + 1) if in_one_piece else wanted))
+        self._copy(name, pieces, out)
         return out
 
     @cached_property
