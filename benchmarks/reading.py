@@ -9,6 +9,7 @@ it again. Rounds are in turns; the figure is the map's seconds over the store's.
 
 import argparse
 import itertools
+import json
 import shutil
 import subprocess
 import sys
@@ -43,7 +44,8 @@ def main() -> None:
             if width * samples * 4 > MOST_BYTES:
                 continue
             save_model(folder / "model", width)
-            measure(extract(folder / "store", folder / "model", samples), arguments.rounds)
+            save_texts(folder / "texts.jsonl", samples)
+            measure(extract(folder), arguments.rounds)
             shutil.rmtree(folder / "store")
 
 
@@ -57,15 +59,20 @@ def save_model(folder: Path, width: int) -> None:
     AutoTokenizer.from_pretrained(resolve_model("demo")).save_pretrained(folder)
 
 
-def extract(folder: Path, model: Path, samples: int) -> ActivationStore:
-    """Extracts means and tokens of so many demo functions, cut to two tokens, and opens the store."""
+def save_texts(file: Path, samples: int) -> None:
+    """Writes so many short texts, each its own."""
+    file.write_text("".join(json.dumps({"text": f"x{i}"}) + "\n" for i in range(samples)))
+
+
+def extract(folder: Path) -> ActivationStore:
+    """Extracts means and tokens, and opens the store."""
     program = Path(sys.executable).with_name("exactivations")
     subprocess.run(
-        [program, "extract", model, "--dataset", "demo", "--num-samples", str(samples), "--max-length", "2", "--hooks", "embed",
-         "--pooling", "mean", "tokens", "--out", folder, "--verify-samples", "1"],
+        [program, "extract", folder / "model", "--dataset", folder / "texts.jsonl", "--hooks", "embed",
+         "--pooling", "mean", "tokens", "--out", folder / "store", "--verify-samples", "1"],
         check=True, stdout=subprocess.DEVNULL,
     )  # fmt: skip
-    return ActivationStore(folder)
+    return ActivationStore(folder / "store")
 
 
 def measure(store: ActivationStore, rounds: int) -> None:
