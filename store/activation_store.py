@@ -22,8 +22,7 @@ from exactivations.store.run_folder import SAMPLES_FILE, RunFolder, places_of_sh
 from exactivations.store.shard import verify_shard
 from exactivations.store.verification import refuse_unverified
 
-BYTES_FOR_THREADS = 64 << 20  # for less, starting threads takes longer than they save
-Rows = slice | npt.NDArray[np.int64]
+BYTES_FOR_THREADS = 16 << 20  # for less, starting threads takes longer than they save
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,26 @@ class TokenBlock:
     input_ids: Tensor
     token_mask: Tensor
     values: Tensor
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows to copy from one shard: its `rows` go to those whose numbers are `to` [n]."""
+
+    to: npt.NDArray[np.int64]
+    shard: int
+    rows: slice | npt.NDArray[np.int64]
+
+    def parts(self, n: int) -> Iterator["Piece"]:
+        """Yields it as up to n pieces of about the same size."""
+        step = -(-len(self.to) // n)
+        for first in range(0, len(self.to), step):
+            to = self.to[first : first + step]
+            rows = self.rows
+            if isinstance(rows, slice):
+                yield Piece(to, self.shard, slice(rows.start + first, rows.start + first + len(to)))
+            else:
+                yield Piece(to, self.shard, rows[first : first + step])
 
 
 class ActivationStore:
@@ -193,26 +212,28 @@ class ActivationStore:
         name = self._name(hook_point, pooling, per_token=False)
         spec = self.info.activations[name]
         out = empty_on_host(len(self), spec["width"], dtype=getattr(torch, spec["dtype"]))
-        self._copy(name, [(positions, shard, slice(None)) for shard, positions in self._positions.items()], out)
+        pieces = [Piece(positions, shard, slice(0, len(positions))) for shard, positions in self._positions.items()]
+        self._copy(name, pieces, out)
         return out
 
-    def _copy(self, name: str, pieces: list[tuple[npt.NDArray[np.int64], int, Rows]], out: Tensor) -> None:
-        """Copies rows of shards to rows of `out`: each piece says to which rows, from which shard, which of its rows."""
+    def _copy(self, name: str, pieces: list[Piece], out: Tensor) -> None:
+        """Copies rows of shards to rows of `out`."""
         if not pieces:
             return
         rows = row_bytes(out)
-        of_shard = {shard: row_bytes(self._tensors(shard)[name]) for _, shard, _ in pieces}
+        of_shard = {piece.shard: row_bytes(self._tensors(piece.shard)[name]) for piece in pieces}
 
-        def copy(piece: tuple[npt.NDArray[np.int64], int, Rows]) -> None:
-            to, shard, chosen = piece
-            rows[to] = of_shard[shard][chosen]
+        def copy(piece: Piece) -> None:
+            rows[piece.to] = of_shard[piece.shard][piece.rows]
 
         if out.nbytes < BYTES_FOR_THREADS:
             for piece in pieces:
                 copy(piece)
         else:
-            with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # NumPy copies without the interpreter's lock
-                list(threads.map(copy, pieces))  # raises what one of them raised
+            n_threads = torch.get_num_threads()
+            parts = [part for piece in pieces for part in piece.parts(n_threads)]
+            with ThreadPoolExecutor(n_threads) as threads:  # NumPy copies without the interpreter's lock
+                list(threads.map(copy, parts))  # raises what one of them raised
 
     def tokens(self, hook_point: str, block_tokens: int = 65536) -> Iterator[TokenBlock]:
         """Yields the rows of all tokens in blocks of whole samples, in the order of the shards (the fastest to read).
@@ -298,7 +319,8 @@ class ActivationStore:
         for chosen in np.split(order, starts)[1:]:  # what is before the first start is nothing
             wanted = row[chosen]
             in_one_piece = bool((np.diff(wanted) == 1).all())  # then they are copied once, and not gathered before
-            pieces.append((chosen, int(shard[chosen[0]]), slice(wanted[0], wanted[-1] + 1) if in_one_piece else wanted))
+            rows = slice(int(wanted[0]), int(wanted[-1]) + 1) if in_one_piece else wanted
+            pieces.append(Piece(chosen, int(shard[chosen[0]]), rows))
         self._copy(name, pieces, out)
         return out
 
