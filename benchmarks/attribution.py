@@ -34,8 +34,8 @@ def main() -> None:
 
     import torch
 
-    from exactivations.lit_modules.attribution import AttributionOptions, LocalAttributor
-    from exactivations.lit_modules.language_model import ModelOptions
+    from exactivations.lit_modules.attribution.local_attributor import AttributionOptions, LocalAttributor
+    from exactivations.lit_modules.models.language_model import ModelOptions
     from exactivations.scripts.component_loading import load_components
 
     torch.set_num_threads(arguments.threads)

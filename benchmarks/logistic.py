@@ -37,7 +37,7 @@ def main() -> None:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    from exactivations.lit_modules.logistic import fit_logistic
+    from exactivations.lit_modules.probes.logistic import fit_logistic
     from exactivations.store import ActivationStore
 
     torch.set_num_threads(arguments.threads)

@@ -128,8 +128,8 @@ def train(path: str, kind: str) -> None:
     import lightning.pytorch as pl
 
     from exactivations.datamodules.activations import ActivationDataModule
-    from exactivations.lit_modules.probe_scores import headline
-    from exactivations.lit_modules.trained_probes import TrainedProbeSweep
+    from exactivations.lit_modules.probes.probe_scores import headline
+    from exactivations.lit_modules.probes.trained_probes import TrainedProbeSweep
     from exactivations.store import ActivationStore
 
     print("imported", flush=True)

@@ -23,9 +23,9 @@ import torch
 from exactivations.datamodules.named_tokenizer import load_tokenizer
 from exactivations.datamodules.text import TextDataModule
 from exactivations.datamodules.tokenization import TextOptions
-from exactivations.lit_modules.amplification import LogitDiffAmplifier
-from exactivations.lit_modules.decoding import Decoding, Prompts, Rows, generate
-from exactivations.lit_modules.row_sampling import RowSampling
+from exactivations.lit_modules.amplification.amplifier import LogitDiffAmplifier
+from exactivations.lit_modules.amplification.decoding import Decoding, Prompts, Rows, generate
+from exactivations.lit_modules.amplification.row_sampling import RowSampling
 
 COMMAND = (
     "from exactivations.scripts.serve import serve; "

@@ -13,9 +13,9 @@ from exactivations.callbacks.run_writer import RunWriter
 from exactivations.datamodules.draw import witnesses
 from exactivations.datamodules.plan import Plan
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.extraction import ActivationExtractor
+from exactivations.lit_modules.extraction.extractor import ActivationExtractor
+from exactivations.lit_modules.extraction.run_description import run_info
 from exactivations.lit_modules.ranks import failure_of, gather, raise_together
-from exactivations.lit_modules.run_description import run_info
 from exactivations.store.batches import ActivationBatch, ActivationSpec
 from exactivations.store.errors import ExactivationsError, InvalidInputError, StoreError
 from exactivations.store.incoming_shard import IncomingShard, ShardPlan

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.amplification import LogitDiffAmplifier
+from exactivations.lit_modules.amplification.amplifier import LogitDiffAmplifier
 
 
 class CompletionProgress(Callback):

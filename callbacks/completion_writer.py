@@ -8,7 +8,7 @@ from torch import Tensor
 
 from exactivations.callbacks.run_writer import RunWriter
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.amplification import Completions
+from exactivations.lit_modules.amplification.amplifier import Completions
 from exactivations.store.batches import TokenBatch, TokenStep
 from exactivations.store.completions import SCORE
 from exactivations.store.errors import InvalidInputError, StoreError

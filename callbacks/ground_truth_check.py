@@ -12,11 +12,11 @@ from lightning.pytorch.callbacks import Callback
 from exactivations.callbacks.activation_writer import ActivationWriter
 from exactivations.datamodules.draw import n_witnesses
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.extraction import ActivationExtractor
-from exactivations.lit_modules.ground_truth import GroundTruth
+from exactivations.lit_modules.extraction.extractor import ActivationExtractor
+from exactivations.lit_modules.models.ground_truth import GroundTruth
 from exactivations.lit_modules.ranks import failure_of, gather, raise_together, wait_for_all_ranks
-from exactivations.lit_modules.sample_check import CheckedRun, SampleCheck, SampleResult, summarize
-from exactivations.lit_modules.store_check import damaged_shards
+from exactivations.lit_modules.verification.sample_check import CheckedRun, SampleCheck, SampleResult, summarize
+from exactivations.lit_modules.verification.store_check import damaged_shards
 from exactivations.store.activation_store import ActivationStore
 from exactivations.store.errors import ExactivationsError, InvalidInputError, VerificationError
 from exactivations.store.means_fold import sums_that_differ, withdraw_result

@@ -1,10 +1,25 @@
 """LightningModules: what is computed, and the model-side helpers that they need."""
 
-from exactivations.lit_modules.exact_probes import ExactProbeSweep
-from exactivations.lit_modules.extraction import ActivationExtractor
-from exactivations.lit_modules.language_model import ModelOptions
-from exactivations.lit_modules.live_activations import LiveActivations
-from exactivations.lit_modules.store_check import verify_store
-from exactivations.lit_modules.trained_probes import TrainedProbeSweep
+from exactivations.lit_modules.amplification import LogitDiffAmplifier, StandardGeneration
+from exactivations.lit_modules.attribution import LocalAttributor
+from exactivations.lit_modules.decomposition import CiOptimisation, Decomposition
+from exactivations.lit_modules.extraction import ActivationExtractor, LiveActivations
+from exactivations.lit_modules.models import ModelOptions
+from exactivations.lit_modules.moderation import PrototypeModerator
+from exactivations.lit_modules.probes import ExactProbeSweep, TrainedProbeSweep
+from exactivations.lit_modules.verification import verify_store
 
-__all__ = ["ActivationExtractor", "ExactProbeSweep", "LiveActivations", "ModelOptions", "TrainedProbeSweep", "verify_store"]
+__all__ = [
+    "ActivationExtractor",
+    "CiOptimisation",
+    "Decomposition",
+    "ExactProbeSweep",
+    "LiveActivations",
+    "LocalAttributor",
+    "LogitDiffAmplifier",
+    "ModelOptions",
+    "PrototypeModerator",
+    "StandardGeneration",
+    "TrainedProbeSweep",
+    "verify_store",
+]

@@ -105,8 +105,8 @@ def amplify(
     from exactivations.datamodules.completions import open_completions
     from exactivations.datamodules.text import TextDataModule
     from exactivations.datamodules.tokenization import TextOptions
-    from exactivations.lit_modules.amplification import AmplifyOptions
-    from exactivations.lit_modules.language_model import ModelOptions
+    from exactivations.lit_modules.amplification.amplifier import AmplifyOptions
+    from exactivations.lit_modules.models.language_model import ModelOptions
     from exactivations.scripts.generation import NamedPair, complete, in_words, plan_prompts
     from exactivations.scripts.prediction import Machine
 

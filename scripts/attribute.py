@@ -49,8 +49,8 @@ def attribute(
     from exactivations.callbacks.attribution_writer import AttributionWriter
     from exactivations.datamodules.ci_prompts import CiPromptDataModule
     from exactivations.datamodules.named_tokenizer import load_tokenizer
-    from exactivations.lit_modules.attribution import AttributionOptions, LocalAttributor
-    from exactivations.lit_modules.language_model import ModelOptions
+    from exactivations.lit_modules.attribution.local_attributor import AttributionOptions, LocalAttributor
+    from exactivations.lit_modules.models.language_model import ModelOptions
     from exactivations.scripts.attribution_results import folders_of, tell_attributions
     from exactivations.scripts.component_loading import load_components
     from exactivations.scripts.trainers import trainer_on

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from exactivations.lit_modules.behaviours import Behaviours, Condition, Rate, Trial, summarised
+from exactivations.lit_modules.amplification.behaviours import Behaviours, Condition, Rate, Trial, summarised
 from exactivations.scripts.rates_plot import plot_rates
 from exactivations.store.shard import write_text_atomically
 

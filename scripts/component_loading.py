@@ -1,8 +1,8 @@
 """A decomposed model, as commands name it: by a file of components, or by the singular components of some of its maps."""
 
-from exactivations.lit_modules.component_file import read_components
-from exactivations.lit_modules.component_model import ComponentModel
-from exactivations.lit_modules.language_model import ModelOptions, load_causal_model
+from exactivations.lit_modules.decomposition.component_file import read_components
+from exactivations.lit_modules.decomposition.component_model import ComponentModel
+from exactivations.lit_modules.models.language_model import ModelOptions, load_causal_model
 from exactivations.store.errors import InvalidInputError
 
 

@@ -15,14 +15,14 @@ from transformers import PreTrainedModel
 from exactivations.callbacks.step_checkpoint import StepCheckpoint
 from exactivations.datamodules.step_batches import ShuffledText, StepBatches, generator_at
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.ci_function_file import write_ci_function
-from exactivations.lit_modules.component_file import write_components
-from exactivations.lit_modules.component_linear import singular_components, weight_of
-from exactivations.lit_modules.component_model import ComponentModel, maps_matching
-from exactivations.lit_modules.decomposition import Decomposition, Objective
-from exactivations.lit_modules.decomposition_evaluation import evaluate, largest_only, missing_of
-from exactivations.lit_modules.language_model import ModelOptions, load_causal_model
-from exactivations.lit_modules.toy_superposition import recovery, sparse_features, train_toy_superposition
+from exactivations.lit_modules.decomposition.ci_function_file import write_ci_function
+from exactivations.lit_modules.decomposition.component_file import write_components
+from exactivations.lit_modules.decomposition.component_linear import singular_components, weight_of
+from exactivations.lit_modules.decomposition.component_model import ComponentModel, maps_matching
+from exactivations.lit_modules.decomposition.decomposition_evaluation import evaluate, largest_only, missing_of
+from exactivations.lit_modules.decomposition.decomposition_trainer import Decomposition, Objective
+from exactivations.lit_modules.decomposition.toy_superposition import recovery, sparse_features, train_toy_superposition
+from exactivations.lit_modules.models.language_model import ModelOptions, load_causal_model
 from exactivations.scripts.decompose_report import tell_model, tell_toys
 from exactivations.scripts.trainers import trainer_on
 from exactivations.store.errors import IdentityError, InvalidInputError

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from exactivations.lit_modules.doctor import Finding
-    from exactivations.lit_modules.language_model import ModelOptions
+    from exactivations.lit_modules.models.doctor import Finding
+    from exactivations.lit_modules.models.language_model import ModelOptions
 
 HEADER = ("case", "verdict", "error", "rounding", "float32", "cosine", "worst at")
 COLUMNS = "  {:<39} {:<14} {:>8} {:>9} {:>8} {:>8}  {}"
@@ -43,9 +43,9 @@ def doctor(
     """
     import torch
 
-    from exactivations.lit_modules.doctor import CASES, EXACT_LENGTH, RIGHT_PADDING, Verdict, trial_for, why_wrong
-    from exactivations.lit_modules.extraction import refuse_random_weights
-    from exactivations.lit_modules.language_model import ModelOptions, forward_arguments, load_model
+    from exactivations.lit_modules.extraction.extractor import refuse_random_weights
+    from exactivations.lit_modules.models.doctor import CASES, EXACT_LENGTH, RIGHT_PADDING, Verdict, trial_for, why_wrong
+    from exactivations.lit_modules.models.language_model import ModelOptions, forward_arguments, load_model
     from exactivations.store.errors import InvalidInputError
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -111,7 +111,7 @@ def load_tokenizer(name: str, options: "ModelOptions") -> "PreTrainedTokenizerBa
 
 def pad_token(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase | None") -> PadToken:
     """Chooses the token to pad with: the pad token of the tokenizer (or configuration), else its end-of-text token, else id 0."""
-    from exactivations.lit_modules.language_model import vocabulary_size
+    from exactivations.lit_modules.models.language_model import vocabulary_size
 
     source, whose = (tokenizer, "tokenizer") if tokenizer is not None else (model.config.get_text_config(), "configuration")
     size = vocabulary_size(model)
@@ -155,9 +155,9 @@ def _figure(error: float) -> str:
 
 def print_facts(model: "PreTrainedModel", pad: PadToken) -> None:
     """Prints what was measured besides the cases: causality, the final norm, the pad token."""
-    from exactivations.lit_modules.ground_truth import FLOAT32_TOLERANCE
-    from exactivations.lit_modules.hook_points import dissect, resolve_hook_points
-    from exactivations.lit_modules.model_facts import influence_of_later_tokens, last_hidden_state
+    from exactivations.lit_modules.models.ground_truth import FLOAT32_TOLERANCE
+    from exactivations.lit_modules.models.hook_points import dissect, resolve_hook_points
+    from exactivations.lit_modules.models.model_facts import influence_of_later_tokens, last_hidden_state
 
     anatomy = dissect(model)
     influence, where = influence_of_later_tokens(model, resolve_hook_points(model, anatomy.names()))
@@ -173,7 +173,7 @@ def print_facts(model: "PreTrainedModel", pad: PadToken) -> None:
 
 def about_final_norm(last_block: str, differences: dict[str, float]) -> str:
     """Says which hook points are before and after the final norm, from the differences of `hidden_states[-1]` to them."""
-    from exactivations.lit_modules.ground_truth import FLOAT32_TOLERANCE
+    from exactivations.lit_modules.models.ground_truth import FLOAT32_TOLERANCE
 
     if not differences:
         return "the model gives no hidden_states to compare with"
@@ -195,7 +195,7 @@ def about_final_norm(last_block: str, differences: dict[str, float]) -> str:
 
 def advice(model: "PreTrainedModel", right_padding: "Finding") -> str:
     """Says what extract can safely use for this model."""
-    from exactivations.lit_modules.model_facts import length_dependent_rope
+    from exactivations.lit_modules.models.model_facts import length_dependent_rope
 
     batches = "extract: batches of one length (the default) are right for this model"
     if not right_padding.verdict.is_right:

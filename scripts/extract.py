@@ -105,7 +105,7 @@ def extract(
     from exactivations.callbacks.activation_writer import ActivationWriter
     from exactivations.datamodules.text import TextDataModule
     from exactivations.datamodules.tokenization import TextOptions
-    from exactivations.lit_modules.language_model import ModelOptions
+    from exactivations.lit_modules.models.language_model import ModelOptions
     from exactivations.scripts.prediction import Machine, Reading, hook_points_of, plan_data, predict
 
     options = ModelOptions(revision, dtype, attn_implementation, trust_remote_code, random_weights)

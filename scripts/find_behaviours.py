@@ -31,7 +31,7 @@ def find_behaviours(
     from pathlib import Path
 
     from exactivations.datamodules.completions import open_completions
-    from exactivations.lit_modules.raised_phrases import raised_phrases
+    from exactivations.lit_modules.amplification.raised_phrases import raised_phrases
     from exactivations.store.shard import write_text_atomically
 
     store = open_completions(run, trust_remote_code=trust_remote_code)

@@ -12,10 +12,10 @@ from exactivations.callbacks.process_watch import named_to_children
 from exactivations.datamodules.named_tokenizer import load_tokenizer
 from exactivations.datamodules.plan import PlanOptions
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.amplification import AmplifyOptions, LogitDiffAmplifier
-from exactivations.lit_modules.extraction import check_lengths
-from exactivations.lit_modules.language_model import ModelOptions, load_skeleton, vocabulary_size
-from exactivations.lit_modules.tokenizer_compatibility import tokenizer_compatibility
+from exactivations.lit_modules.amplification.amplifier import AmplifyOptions, LogitDiffAmplifier
+from exactivations.lit_modules.amplification.tokenizer_compatibility import tokenizer_compatibility
+from exactivations.lit_modules.extraction.extractor import check_lengths
+from exactivations.lit_modules.models.language_model import ModelOptions, load_skeleton, vocabulary_size
 from exactivations.scripts.prediction import Machine, tell_plan, threads_for, trainer_of
 from exactivations.store.completions import Completion
 

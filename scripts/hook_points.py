@@ -10,8 +10,8 @@ def hook_points(model: str, *, revision: str | None = None, modules: bool = Fals
         modules: List all modules too, for use as module:<path>.
         trust_remote_code: Whether code from the model's repository may run.
     """
-    from exactivations.lit_modules.hook_points import dissect, resolve_hook_points
-    from exactivations.lit_modules.language_model import ModelOptions, load_skeleton, max_positions
+    from exactivations.lit_modules.models.hook_points import dissect, resolve_hook_points
+    from exactivations.lit_modules.models.language_model import ModelOptions, load_skeleton, max_positions
 
     skeleton = load_skeleton(model, ModelOptions(revision=revision, trust_remote_code=trust_remote_code))
     anatomy, positions = dissect(skeleton), max_positions(skeleton)

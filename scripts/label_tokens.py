@@ -35,7 +35,7 @@ def label_tokens(
 
     from exactivations.datamodules.python_syntax import python_spans
     from exactivations.datamodules.span_labels import label_samples, write_token_labels
-    from exactivations.lit_modules.run_description import Elsewhere, data_of
+    from exactivations.lit_modules.extraction.run_description import Elsewhere, data_of
     from exactivations.store.activation_store import ActivationStore
     from exactivations.store.errors import InvalidInputError
 

@@ -14,8 +14,8 @@ from exactivations.scripts.png import png_path, write_png
 from exactivations.scripts.probe_report import LEVEL, metric_name
 
 if TYPE_CHECKING:
-    from exactivations.lit_modules.group_bootstrap import Interval
-    from exactivations.lit_modules.probe_results import ProbeResults, VectorResult
+    from exactivations.lit_modules.probes.group_bootstrap import Interval
+    from exactivations.lit_modules.probes.probe_results import ProbeResults, VectorResult
 
 CHANCE = {"auroc": (0.5, "chance"), "r2": (0.0, "R² of the labels' mean")}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito: told apart by the colour-blind

@@ -114,7 +114,7 @@ def means_run(
     from exactivations.callbacks.running_mean import RunningMean
     from exactivations.datamodules.text import TextDataModule
     from exactivations.datamodules.tokenization import TextOptions
-    from exactivations.lit_modules.language_model import ModelOptions
+    from exactivations.lit_modules.models.language_model import ModelOptions
     from exactivations.scripts.means_table import tell_means
     from exactivations.scripts.prediction import Machine, Reading, hook_points_of, plan_data, predict
     from exactivations.store.pooling_names import TOKENS
@@ -219,8 +219,8 @@ def means_add(
     end_with_parent(int(os.environ.get("LOCAL_RANK", "0")))
 
     from exactivations.callbacks.running_mean import RunningMean
-    from exactivations.lit_modules.language_model import load_skeleton
-    from exactivations.lit_modules.origin import Samples, data_for, model_of, points_of, poolings_of
+    from exactivations.lit_modules.extraction.origin import Samples, data_for, model_of, points_of, poolings_of
+    from exactivations.lit_modules.models.language_model import load_skeleton
     from exactivations.scripts.means_table import tell_means
     from exactivations.scripts.prediction import Machine, Reading, plan_data, predict
     from exactivations.store.errors import InvalidInputError

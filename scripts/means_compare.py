@@ -47,8 +47,8 @@ def means_compare(
     import torch
 
     from exactivations.datamodules.draw import choose
-    from exactivations.lit_modules.live_rows import live_rows
-    from exactivations.lit_modules.origin import Samples
+    from exactivations.lit_modules.extraction.live_rows import live_rows
+    from exactivations.lit_modules.extraction.origin import Samples
     from exactivations.scripts.heat_map import heat_maps
     from exactivations.scripts.verify import chosen_device
     from exactivations.store.activation_store import ActivationStore

@@ -63,10 +63,10 @@ def moderate_fit(
 
     end_with_parent(int(os.environ.get("LOCAL_RANK", "0")))
 
-    from exactivations.lit_modules.moderation import DEFAULT_METRICS, STRENGTHS, PrototypeModerator
-    from exactivations.lit_modules.moderation_results import moderation_results
-    from exactivations.lit_modules.probe_evaluation import Bootstrap, refuse_few_groups
-    from exactivations.lit_modules.run_description import Elsewhere
+    from exactivations.lit_modules.extraction.run_description import Elsewhere
+    from exactivations.lit_modules.moderation.moderation_results import moderation_results
+    from exactivations.lit_modules.moderation.prototype_moderator import DEFAULT_METRICS, STRENGTHS, PrototypeModerator
+    from exactivations.lit_modules.probes.probe_evaluation import Bootstrap, refuse_few_groups
     from exactivations.scripts.moderate_run import MLP_STEP, Labelled, Machine, compared, folder_of, opened, with_baselines, written
     from exactivations.scripts.moderation_report import comparison, findings
     from exactivations.store.errors import InvalidInputError
@@ -145,7 +145,7 @@ def moderate_test(
 
     end_with_parent(int(os.environ.get("LOCAL_RANK", "0")))
 
-    from exactivations.lit_modules.moderator_file import load_moderator
+    from exactivations.lit_modules.moderation.moderator_file import load_moderator
     from exactivations.scripts.moderate_apply import Application, apply_to_runs
     from exactivations.scripts.moderate_run import Machine, opened
     from exactivations.store.errors import InvalidInputError
@@ -197,9 +197,9 @@ def moderate_score(
         device: cpu, cuda, cuda:1, ... auto: a GPU if there is one.
         overwrite: Replace the file if it is there.
     """
-    from exactivations.lit_modules.live_moderation import LiveModerator
-    from exactivations.lit_modules.moderator_file import load_moderator
-    from exactivations.lit_modules.origin import Samples
+    from exactivations.lit_modules.extraction.origin import Samples
+    from exactivations.lit_modules.moderation.live_moderation import LiveModerator
+    from exactivations.lit_modules.moderation.moderator_file import load_moderator
     from exactivations.scripts.moderation_report import in_words, write_predictions
     from exactivations.scripts.verify import chosen_device
     from exactivations.store.errors import InvalidInputError
@@ -272,9 +272,9 @@ def moderate_curve(
     """
     from dataclasses import asdict
 
-    from exactivations.lit_modules.moderation import DEFAULT_METRICS, PrototypeModerator
-    from exactivations.lit_modules.prototype_grid import checked_metrics
-    from exactivations.lit_modules.sample_curve import refuse_other_sizes, sample_curve
+    from exactivations.lit_modules.moderation.prototype_grid import checked_metrics
+    from exactivations.lit_modules.moderation.prototype_moderator import DEFAULT_METRICS, PrototypeModerator
+    from exactivations.lit_modules.moderation.sample_curve import refuse_other_sizes, sample_curve
     from exactivations.scripts.moderate_run import Labelled, Machine, opened, write_json
     from exactivations.scripts.moderation_plots import curve_plot
     from exactivations.scripts.png import png_path

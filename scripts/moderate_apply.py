@@ -14,15 +14,15 @@ from exactivations.datamodules.activations import ActivationDataModule
 from exactivations.datamodules.label_files import label_column
 from exactivations.datamodules.labels import labels_of
 from exactivations.datamodules.stored_samples import StoredSamples
-from exactivations.lit_modules.aggregations import Aggregations
-from exactivations.lit_modules.group_bootstrap import Interval
-from exactivations.lit_modules.moderation import PrototypeModerator
-from exactivations.lit_modules.moderation_results import confusion_of, metrics_on
-from exactivations.lit_modules.moderator_file import SavedModerator, of_seen_groups, seen_samples
-from exactivations.lit_modules.probe_evaluation import Bootstrap, names_of_groups
-from exactivations.lit_modules.probe_warnings import FEW_GROUPS
-from exactivations.lit_modules.prototype_diagnosis import diagnose_predictions
-from exactivations.lit_modules.prototype_grid import scores_of
+from exactivations.lit_modules.moderation.aggregations import Aggregations
+from exactivations.lit_modules.moderation.moderation_results import confusion_of, metrics_on
+from exactivations.lit_modules.moderation.moderator_file import SavedModerator, of_seen_groups, seen_samples
+from exactivations.lit_modules.moderation.prototype_diagnosis import diagnose_predictions
+from exactivations.lit_modules.moderation.prototype_grid import scores_of
+from exactivations.lit_modules.moderation.prototype_moderator import PrototypeModerator
+from exactivations.lit_modules.probes.group_bootstrap import Interval
+from exactivations.lit_modules.probes.probe_evaluation import Bootstrap, names_of_groups
+from exactivations.lit_modules.probes.probe_warnings import FEW_GROUPS
 from exactivations.scripts.moderate_run import Machine, write_json
 from exactivations.scripts.moderation_plots import confusion_plot
 from exactivations.scripts.moderation_report import COLUMNS, span, write_predictions

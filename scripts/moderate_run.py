@@ -12,16 +12,16 @@ import lightning.pytorch as pl
 
 from exactivations.callbacks.process_watch import named_to_children
 from exactivations.datamodules.activations import ActivationDataModule
-from exactivations.lit_modules.aggregations import Aggregations
-from exactivations.lit_modules.exact_probes import ExactProbeSweep
-from exactivations.lit_modules.masked_rows import MaskedRows
-from exactivations.lit_modules.moderation import PrototypeModerator
-from exactivations.lit_modules.moderation_results import ModerationResults
-from exactivations.lit_modules.moderator_file import MODERATOR_FILE, SavedModerator, fingerprint, save_moderator
-from exactivations.lit_modules.probe_evaluation import Scored, chosen_vector, role_of
-from exactivations.lit_modules.probes import ProbeSweep
-from exactivations.lit_modules.run_description import Elsewhere
-from exactivations.lit_modules.trained_probes import TrainedProbeSweep
+from exactivations.lit_modules.extraction.run_description import Elsewhere
+from exactivations.lit_modules.moderation.aggregations import Aggregations
+from exactivations.lit_modules.moderation.masked_rows import MaskedRows
+from exactivations.lit_modules.moderation.moderation_results import ModerationResults
+from exactivations.lit_modules.moderation.moderator_file import MODERATOR_FILE, SavedModerator, fingerprint, save_moderator
+from exactivations.lit_modules.moderation.prototype_moderator import PrototypeModerator
+from exactivations.lit_modules.probes.exact_probes import ExactProbeSweep
+from exactivations.lit_modules.probes.probe_evaluation import Scored, chosen_vector, role_of
+from exactivations.lit_modules.probes.probe_sweep import ProbeSweep
+from exactivations.lit_modules.probes.trained_probes import TrainedProbeSweep
 from exactivations.scripts.moderation_plots import confusion_plot, grid_plot
 from exactivations.scripts.moderation_report import moderation_report, write_predictions
 from exactivations.scripts.probe_run import add_baselines

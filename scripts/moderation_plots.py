@@ -8,14 +8,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from exactivations.lit_modules.prototype_grid import MLPM, by_aggregation, entry_name, mixture_name
+from exactivations.lit_modules.moderation.prototype_grid import MLPM, by_aggregation, entry_name, mixture_name
 from exactivations.scripts.png import write_png
 
 if TYPE_CHECKING:
-    from exactivations.lit_modules.moderation_results import ModerationResults
-    from exactivations.lit_modules.probe_results import VectorResult
-    from exactivations.lit_modules.prototype_grid import PrototypeGrid
-    from exactivations.lit_modules.sample_curve import CurvePoint
+    from exactivations.lit_modules.moderation.moderation_results import ModerationResults
+    from exactivations.lit_modules.moderation.prototype_grid import PrototypeGrid
+    from exactivations.lit_modules.moderation.sample_curve import CurvePoint
+    from exactivations.lit_modules.probes.probe_results import VectorResult
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")  # Okabe and Ito: told apart by the colour-blind
 MARKERS = ("o", "s", "^", "D", "v", "P")

@@ -9,15 +9,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from exactivations.lit_modules.moderation_results import FALSE_POSITIVES, RECALL
-from exactivations.lit_modules.prototype_grid import scores_of
+from exactivations.lit_modules.moderation.moderation_results import FALSE_POSITIVES, RECALL
+from exactivations.lit_modules.moderation.prototype_grid import scores_of
 from exactivations.store.errors import StoreError
 from exactivations.store.shard import publishing
 
 if TYPE_CHECKING:
-    from exactivations.lit_modules.group_bootstrap import Interval
-    from exactivations.lit_modules.moderation_results import ModerationResults
-    from exactivations.lit_modules.prototype_grid import PrototypeGrid
+    from exactivations.lit_modules.moderation.moderation_results import ModerationResults
+    from exactivations.lit_modules.moderation.prototype_grid import PrototypeGrid
+    from exactivations.lit_modules.probes.group_bootstrap import Interval
 
 COLUMNS = {"auroc": "AUROC", "f1": "F1", RECALL: "recall at 1% FPR", FALSE_POSITIVES: "FPR there"}
 KINDS = {"probe": "prototype or probe", "ensemble": "MLPM", "baseline": "text alone"}

@@ -52,8 +52,8 @@ def optimise_ci(
         accelerator: cpu, gpu or auto.
         overwrite: Replace the file if it is there.
     """
-    from exactivations.lit_modules.language_model import ModelOptions
-    from exactivations.lit_modules.optimised_sets import CiOptions
+    from exactivations.lit_modules.decomposition.optimised_sets import CiOptions
+    from exactivations.lit_modules.models.language_model import ModelOptions
     from exactivations.scripts.component_loading import load_components
     from exactivations.scripts.optimise_ci_run import Prompt, optimise, refuse_out
 

@@ -11,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from exactivations.datamodules.named_tokenizer import load_tokenizer
-from exactivations.lit_modules.causal_importance import hard_sigmoid
-from exactivations.lit_modules.ci_function_file import read_ci_function
-from exactivations.lit_modules.ci_optimisation import CiOptimisation
-from exactivations.lit_modules.component_model import ComponentModel
-from exactivations.lit_modules.decomposition import raw_importances
-from exactivations.lit_modules.language_model import ModelOptions
-from exactivations.lit_modules.optimised_sets import CiOptions, OptimisedSet
+from exactivations.lit_modules.decomposition.causal_importance import hard_sigmoid
+from exactivations.lit_modules.decomposition.ci_function_file import read_ci_function
+from exactivations.lit_modules.decomposition.ci_optimisation import CiOptimisation
+from exactivations.lit_modules.decomposition.component_model import ComponentModel
+from exactivations.lit_modules.decomposition.decomposition_trainer import raw_importances
+from exactivations.lit_modules.decomposition.optimised_sets import CiOptions, OptimisedSet
+from exactivations.lit_modules.models.language_model import ModelOptions
 from exactivations.scripts.trainers import trainer_on
 from exactivations.store.ci_sets import CiSets, write_ci_sets
 from exactivations.store.errors import InvalidInputError

@@ -17,9 +17,9 @@ from exactivations.callbacks.run_writer import RunWriter
 from exactivations.callbacks.token_progress import TokenProgress
 from exactivations.datamodules.plan import PlanOptions
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.extraction import ActivationExtractor, check_lengths
-from exactivations.lit_modules.hook_points import BLOCK_KINDS, dissect, resolve_hook_points
-from exactivations.lit_modules.language_model import ModelOptions, load_skeleton
+from exactivations.lit_modules.extraction.extractor import ActivationExtractor, check_lengths
+from exactivations.lit_modules.models.hook_points import BLOCK_KINDS, dissect, resolve_hook_points
+from exactivations.lit_modules.models.language_model import ModelOptions, load_skeleton
 from exactivations.scripts.trainers import trainer_on
 from exactivations.scripts.verification_table import verification_table
 from exactivations.store.errors import InvalidInputError

@@ -78,10 +78,10 @@ def probe(
     end_with_parent(int(os.environ.get("LOCAL_RANK", "0")))
 
     from exactivations.datamodules.activations import ActivationDataModule
-    from exactivations.lit_modules.probe_evaluation import Bootstrap, refuse_few_groups
-    from exactivations.lit_modules.probe_file import PROBES_FILE
-    from exactivations.lit_modules.probe_results import UNTRAINED
-    from exactivations.lit_modules.run_description import Elsewhere
+    from exactivations.lit_modules.extraction.run_description import Elsewhere
+    from exactivations.lit_modules.probes.probe_evaluation import Bootstrap, refuse_few_groups
+    from exactivations.lit_modules.probes.probe_file import PROBES_FILE
+    from exactivations.lit_modules.probes.probe_results import UNTRAINED
     from exactivations.scripts.probe_run import Training, add_baselines, finish, fit, refuse_benign, refuse_untrained
     from exactivations.store.activation_store import ActivationStore
     from exactivations.store.errors import InvalidInputError

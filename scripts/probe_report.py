@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from exactivations.lit_modules.group_bootstrap import Interval
-    from exactivations.lit_modules.probe_results import ProbeResults, Role, VectorResult
+    from exactivations.lit_modules.probes.group_bootstrap import Interval
+    from exactivations.lit_modules.probes.probe_results import ProbeResults, Role, VectorResult
 
 LEVEL = "95%"
 """Of all intervals: what `Bootstrap` leaves `group_bootstrap.intervals` to take."""

@@ -21,18 +21,18 @@ from exactivations.datamodules.labels import FloatArray, TokenLabels
 from exactivations.datamodules.splits import PARTS
 from exactivations.datamodules.text_rows import TextTokens, bag_of_tokens, length_rows
 from exactivations.datamodules.token_identity import TokenIdentity, control_labels
-from exactivations.lit_modules.erasure import erase as erase_classes
-from exactivations.lit_modules.exact_probes import STRENGTHS, ExactProbeSweep
-from exactivations.lit_modules.layer_ensembles import ensembles
-from exactivations.lit_modules.linear_probes import logistic_probes, standardised
-from exactivations.lit_modules.probe_evaluation import Benign, Bootstrap, Scored, chosen_vector, evaluate, probe_names
-from exactivations.lit_modules.probe_file import save_probes
-from exactivations.lit_modules.probe_heads import scores_of
-from exactivations.lit_modules.probe_results import BASELINE, CONTROL_TASK
-from exactivations.lit_modules.probes import ProbeSweep
-from exactivations.lit_modules.run_description import Elsewhere, data_of
-from exactivations.lit_modules.trained_probes import STRENGTHS as STRENGTHS_IN_STEPS
-from exactivations.lit_modules.trained_probes import TrainedProbeSweep
+from exactivations.lit_modules.extraction.run_description import Elsewhere, data_of
+from exactivations.lit_modules.probes.erasure import erase as erase_classes
+from exactivations.lit_modules.probes.exact_probes import STRENGTHS, ExactProbeSweep
+from exactivations.lit_modules.probes.layer_ensembles import ensembles
+from exactivations.lit_modules.probes.linear_probes import logistic_probes, standardised
+from exactivations.lit_modules.probes.probe_evaluation import Benign, Bootstrap, Scored, chosen_vector, evaluate, probe_names
+from exactivations.lit_modules.probes.probe_file import save_probes
+from exactivations.lit_modules.probes.probe_heads import scores_of
+from exactivations.lit_modules.probes.probe_results import BASELINE, CONTROL_TASK
+from exactivations.lit_modules.probes.probe_sweep import ProbeSweep
+from exactivations.lit_modules.probes.trained_probes import STRENGTHS as STRENGTHS_IN_STEPS
+from exactivations.lit_modules.probes.trained_probes import TrainedProbeSweep
 from exactivations.scripts.layers_plot import layers_plot
 from exactivations.scripts.probe_report import probe_report, results_table
 from exactivations.scripts.trainers import trainer_on

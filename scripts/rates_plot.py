@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from exactivations.lit_modules.behaviours import Condition, Rate
+from exactivations.lit_modules.amplification.behaviours import Condition, Rate
 from exactivations.scripts.png import png_path, write_png
 
 COLOURS = {"payload": "#c0392b", "trigger": "#2471a3"}  # told apart by the colour-blind, and by their markers

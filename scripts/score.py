@@ -44,9 +44,9 @@ def score(
     """
     from pathlib import Path
 
-    from exactivations.lit_modules.origin import Samples
-    from exactivations.lit_modules.probe_file import load_probes
-    from exactivations.lit_modules.scoring import Scorer
+    from exactivations.lit_modules.extraction.origin import Samples
+    from exactivations.lit_modules.probes.probe_file import load_probes
+    from exactivations.lit_modules.probes.scoring import Scorer
     from exactivations.scripts.scores import refuse_out, tell_scores, write_scores
     from exactivations.scripts.verify import chosen_device
     from exactivations.store.errors import InvalidInputError

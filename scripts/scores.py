@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 
 from exactivations.datamodules.span_labels import characters_of_tokens
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.probe_file import SavedProbes
-from exactivations.lit_modules.scoring import ScoredSample, Scorer
+from exactivations.lit_modules.probes.probe_file import SavedProbes
+from exactivations.lit_modules.probes.scoring import ScoredSample, Scorer
 from exactivations.scripts.token_colours import ScoredText, pieces_of, terminal_depth, token_ansi, token_html
 from exactivations.store.errors import InvalidInputError, StoreError
 from exactivations.store.shard import publishing, write_text_atomically

@@ -53,11 +53,11 @@ def serve(
         accelerator: auto, gpu or cpu.
         cpu_threads: Threads that compute on a CPU. Default: torch's choice.
     """
-    from exactivations.lit_modules.amplification import LogitDiffAmplifier
-    from exactivations.lit_modules.language_model import ModelOptions
-    from exactivations.lit_modules.serving_engine import ServingEngine
-    from exactivations.lit_modules.serving_tickets import Limits
-    from exactivations.lit_modules.tokenizer_compatibility import tokenizer_compatibility
+    from exactivations.lit_modules.amplification.amplifier import LogitDiffAmplifier
+    from exactivations.lit_modules.amplification.serving_engine import ServingEngine
+    from exactivations.lit_modules.amplification.serving_tickets import Limits
+    from exactivations.lit_modules.amplification.tokenizer_compatibility import tokenizer_compatibility
+    from exactivations.lit_modules.models.language_model import ModelOptions
     from exactivations.scripts.generation import NamedPair
     from exactivations.scripts.serve_run import address, api_key_from, checked_libraries, listening, run
     from exactivations.scripts.trainers import trainer_on

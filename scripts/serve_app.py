@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from exactivations.lit_modules.tokenizer_compatibility import TokenizerCompatibility
+from exactivations.lit_modules.amplification.tokenizer_compatibility import TokenizerCompatibility
 from exactivations.scripts.serve_faults import documented, handle_faults
 from exactivations.scripts.serve_flight import Row, ServeError
 from exactivations.scripts.serve_gate import Gate

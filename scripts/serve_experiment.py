@@ -14,9 +14,9 @@ from urllib3.util import Retry
 
 from exactivations.datamodules.text import TextDataModule
 from exactivations.datamodules.tokenization import tokenizer_hash
-from exactivations.lit_modules.amplification import AmplifyOptions
-from exactivations.lit_modules.behaviours import Behaviours, Trial
-from exactivations.lit_modules.row_sampling import row_seed
+from exactivations.lit_modules.amplification.amplifier import AmplifyOptions
+from exactivations.lit_modules.amplification.behaviours import Behaviours, Trial
+from exactivations.lit_modules.amplification.row_sampling import row_seed
 from exactivations.scripts.behaviour_report import STANDARD, condition_of
 from exactivations.scripts.serve_run import KEY_VARIABLE, api_key_from
 from exactivations.store.errors import InvalidInputError, StoreError

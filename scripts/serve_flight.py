@@ -7,9 +7,9 @@ from typing import Any, Literal, TypeVar
 
 from starlette.requests import Request
 
-from exactivations.lit_modules.serving_engine import ServingEngine
-from exactivations.lit_modules.serving_text import GrowingText
-from exactivations.lit_modules.serving_tickets import Ask, Drawn, Ended, EngineDeadError, How, QueueFullError
+from exactivations.lit_modules.amplification.serving_engine import ServingEngine
+from exactivations.lit_modules.amplification.serving_text import GrowingText
+from exactivations.lit_modules.amplification.serving_tickets import Ask, Drawn, Ended, EngineDeadError, How, QueueFullError
 
 RETRY_SECONDS = 1
 STATUS: dict[str, int] = {"cancelled": 499, "late": 504, "overflow": 422, "memory": 503, "dead": 503}

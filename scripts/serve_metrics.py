@@ -6,8 +6,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from exactivations.lit_modules.serving_engine import ServingEngine
-from exactivations.lit_modules.serving_tickets import How
+from exactivations.lit_modules.amplification.serving_engine import ServingEngine
+from exactivations.lit_modules.amplification.serving_tickets import How
 
 WINDOW_SECONDS = 10.0
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from exactivations.lit_modules.row_sampling import MIN_TEMPERATURE
+from exactivations.lit_modules.amplification.row_sampling import MIN_TEMPERATURE
 
 MAX_SEED = 2**63 - 1
 MAX_PROMPTS, MAX_IDS = 2**16, 2**20  # of one request, whatever a server's own limits are

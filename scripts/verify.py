@@ -32,9 +32,9 @@ def verify(
         split: Its split, likewise.
         tokenizer: The run's tokenizer, likewise.
     """
-    from exactivations.lit_modules.language_model import DTYPES
-    from exactivations.lit_modules.run_description import Elsewhere, data_of, extractor_of
-    from exactivations.lit_modules.store_check import verify_store
+    from exactivations.lit_modules.extraction.run_description import Elsewhere, data_of, extractor_of
+    from exactivations.lit_modules.models.language_model import DTYPES
+    from exactivations.lit_modules.verification.store_check import verify_store
     from exactivations.scripts.verification_table import verification_table
     from exactivations.store.run_folder import RunFolder
     from exactivations.store.verification import refuse_failed

@@ -1,4 +1,4 @@
-"""Names of poolings, as they stand in names of activations; what they do is in lit_modules/pooling.py."""
+"""Names of poolings, as they stand in names of activations; what they do is in lit_modules/extraction/pooling.py."""
 
 import math
 import re

@@ -12,8 +12,9 @@ from jaxtyping import install_import_hook
 SHAPED = tuple(
     f"lit_modules.{name}"
     for name in (
-        "pooling", "logistic", "logistic_hessian", "logistic_loss", "centred_rows", "batched_newton", "component_cut",
-        "attribution_paths", "row_attributions", "causal_importance", "decomposition_losses",
+        "extraction.pooling", "probes.logistic", "probes.logistic_hessian", "probes.logistic_loss", "probes.centred_rows",
+        "probes.batched_newton", "attribution.component_cut", "attribution.attribution_paths", "attribution.row_attributions",
+        "decomposition.causal_importance", "decomposition.decomposition_losses",
     )
 )  # fmt: skip
 install_import_hook([f"exactivations.{name}" for name in SHAPED], "beartype.beartype")

@@ -26,16 +26,16 @@ from exactivations.datamodules import TextDataModule
 from exactivations.datamodules.plan import PlanOptions
 from exactivations.datamodules.tokenization import TextOptions, TokenTable
 from exactivations.lit_modules import ActivationExtractor, verify_store
-from exactivations.lit_modules.hook_points import reading
-from exactivations.lit_modules.language_model import evaluating
-from exactivations.lit_modules.pooling import pool
-from exactivations.lit_modules.sample_check import SampleCheck
+from exactivations.lit_modules.extraction.pooling import pool
+from exactivations.lit_modules.models.hook_points import reading
+from exactivations.lit_modules.models.language_model import evaluating
+from exactivations.lit_modules.verification.sample_check import SampleCheck
 from exactivations.scripts.import_masks import import_masks
 from exactivations.store import ActivationStore
 from exactivations.store.batches import ActivationBatch
 from exactivations.store.errors import ExactivationsError
 from exactivations.store.shard import open_shard, write_shard
-from tests.lit_modules.models import SMALL, in_dtype, tiny_model
+from tests.lit_modules.tiny_models import SMALL, in_dtype, tiny_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HOOK_POINTS = ["embed", "resid_post.0", "resid_post.1", "resid_post.2", "final_norm"]
@@ -381,7 +381,7 @@ def rotary_rounded_and_verified_later(folder, family, dtype):
     extractor, data = long_extractor(), data_of(texts(2, lengths=[1500]), token_budget=4000)
     buffer = extractor._given[0].rotary_emb.inv_freq
     buffer.data = buffer.data.to(torch.bfloat16).to(buffer.dtype)
-    with mock.patch("exactivations.lit_modules.extraction.refuse_rounded_buffers", lambda model, **_: None):
+    with mock.patch("exactivations.lit_modules.extraction.extractor.refuse_rounded_buffers", lambda model, **_: None):
         run(folder, extractor, data, check=False)
     refuse(verify_store(folder, long_extractor(), data), folder)
 

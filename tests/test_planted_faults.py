@@ -9,7 +9,7 @@ from exactivations.lit_modules import ActivationExtractor
 from exactivations.store import ActivationStore
 from exactivations.store.errors import VerificationError
 
-from .lit_modules.models import CAUSAL, CONFIGS
+from .lit_modules.tiny_models import CAUSAL, CONFIGS
 from .planted_faults import (
     DTYPES,
     POOLINGS,

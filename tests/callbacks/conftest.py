@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2Model, PreTrainedTokenizerFast
 from exactivations.callbacks import ActivationWriter
 from exactivations.datamodules.plan import PlanOptions
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.extraction import ActivationExtractor
+from exactivations.lit_modules.extraction.extractor import ActivationExtractor
 
 WORDS = [f"w{i}" for i in range(97)]
 TEXTS = [
@@ -39,7 +39,7 @@ for descriptor, path in ((1, {out!r}), (2, {err!r})):
 import datasets
 datasets.config.HF_DATASETS_CACHE = os.environ["HF_DATASETS_CACHE"]
 import exactivations.scripts.main as program
-from exactivations.lit_modules.extraction import ActivationExtractor
+from exactivations.lit_modules.extraction.extractor import ActivationExtractor
 from exactivations.store.lock import RunLock
 RunLock.acquire.__defaults__ = ({patience!r},)
 if {seconds_per_batch!r}:

@@ -11,7 +11,7 @@ from transformers import AutoModel
 from exactivations.callbacks import ActivationWriter
 from exactivations.callbacks.activation_writer import QUEUED_BATCHES, WriterThread
 from exactivations.callbacks.host_copy import HostCopy
-from exactivations.lit_modules.extraction import ActivationExtractor
+from exactivations.lit_modules.extraction.extractor import ActivationExtractor
 from exactivations.store import ActivationStore
 from exactivations.store.errors import IdentityError, InvalidInputError, StoreError
 from exactivations.store.lock import RunLock

@@ -11,13 +11,13 @@ from exactivations.callbacks.completion_writer import CompletionWriter
 from exactivations.datamodules.completions import open_completions
 from exactivations.datamodules.plan import PlanOptions
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.amplification import AmplifyOptions, LogitDiffAmplifier
+from exactivations.lit_modules.amplification.amplifier import AmplifyOptions, LogitDiffAmplifier
 from exactivations.scripts.main import main
 from exactivations.store.errors import InvalidInputError, StoreError
 from tests.callbacks.conftest import content, stamps, wait_for_shards
 
 SLOW = (
-    "from exactivations.lit_modules.amplification import LogitDiffAmplifier\n"
+    "from exactivations.lit_modules.amplification.amplifier import LogitDiffAmplifier\n"
     "step = LogitDiffAmplifier.predict_step\n"
     "LogitDiffAmplifier.predict_step = lambda *args: (time.sleep(0.05), step(*args))[1]\n"
 )

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import pytest
 
 from exactivations.callbacks import ActivationWriter, GroundTruthCheck
-from exactivations.lit_modules.sample_check import SampleCheck
+from exactivations.lit_modules.verification.sample_check import SampleCheck
 from exactivations.scripts.main import main
 from exactivations.store import ActivationStore
 from exactivations.store.errors import InvalidInputError, StoreError, VerificationError
@@ -15,7 +15,7 @@ from exactivations.store.errors import InvalidInputError, StoreError, Verificati
 from .conftest import stamps, wait_for_shards
 
 SPOIL = """
-import exactivations.lit_modules.extraction as extraction
+import exactivations.lit_modules.extraction.extractor as extraction
 predict_step = extraction.ActivationExtractor.predict_step
 def spoiled(self, step, batch_idx=0):
     out = predict_step(self, step, batch_idx)
@@ -87,9 +87,8 @@ def test_a_verified_run_is_not_verified_again_but_one_whose_shard_was_lost_is(tm
 
 def test_a_run_killed_while_it_verifies_is_verified_when_it_is_started_again(tmp_path, start):
     out = tmp_path / "run"
-    slow = (
-        "import time\nfrom exactivations.lit_modules.sample_check import SampleCheck as C\nC.draw = lambda *a, **k: time.sleep(600)"
-    )
+    check = "from exactivations.lit_modules.verification.sample_check import SampleCheck as C"
+    slow = f"import time\n{check}\nC.draw = lambda *a, **k: time.sleep(600)"
     run = start(out, 2, before=slow)
     n_shards = json.loads((out / "run.json").read_text())["n_shards"] if (out / "run.json").exists() else 10**9
     while n_shards == 10**9 and any(process.is_alive() for process in run.processes):

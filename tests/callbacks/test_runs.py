@@ -86,7 +86,7 @@ def test_when_only_the_first_rank_is_killed_the_others_end_and_the_run_can_go_on
     script = tmp_path / "slow.py"
     script.write_text(
         "import time\nfrom exactivations.scripts.main import main\n"
-        "from exactivations.lit_modules.extraction import ActivationExtractor\n"
+        "from exactivations.lit_modules.extraction.extractor import ActivationExtractor\n"
         "step = ActivationExtractor.predict_step\n"
         "ActivationExtractor.predict_step = lambda *args: (time.sleep(0.5), step(*args))[1]\nmain()\n"
     )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from exactivations.datamodules.activations import ActivationDataModule
 from exactivations.datamodules.splits import PARTS, Split
-from exactivations.lit_modules.exact_probes import ExactProbeSweep
+from exactivations.lit_modules.probes.exact_probes import ExactProbeSweep
 from exactivations.store.activation_store import ActivationStore
 from exactivations.store.errors import InvalidInputError
 from tests.lit_modules.probe_stores import demo_like, write_rows

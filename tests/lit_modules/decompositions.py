@@ -4,7 +4,7 @@ import torch
 import transformers
 
 from exactivations.datamodules.ci_prompts import CiPrompt
-from exactivations.lit_modules.component_model import ComponentModel
+from exactivations.lit_modules.decomposition.component_model import ComponentModel
 from exactivations.store.ci_sets import CiSets
 
 from .pairs import language_model

@@ -6,9 +6,9 @@ import math
 import torch
 import transformers as t
 
-from exactivations.lit_modules.row_sampling import gumbel_noise
+from exactivations.lit_modules.amplification.row_sampling import gumbel_noise
 
-from .models import CONFIGS, in_dtype
+from .tiny_models import CONFIGS, in_dtype
 
 FAMILIES = ("gpt2", "gpt_neox", "llama")
 EOS = 5

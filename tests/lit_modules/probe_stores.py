@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from transformers import GPT2Config, GPT2Model
 
-from exactivations.lit_modules.exact_probes import ExactProbeSweep
+from exactivations.lit_modules.probes.exact_probes import ExactProbeSweep
 from exactivations.store.activation_store import ActivationStore
 from exactivations.store.run_folder import RunFolder, contents_of
 from exactivations.store.shard import write_shard

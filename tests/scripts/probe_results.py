@@ -2,9 +2,9 @@
 
 from itertools import count
 
-from exactivations.lit_modules.group_bootstrap import Interval
-from exactivations.lit_modules.probe_metrics import CLASSIFICATION, REGRESSION
-from exactivations.lit_modules.probe_results import ProbeResults, Threshold, VectorResult
+from exactivations.lit_modules.probes.group_bootstrap import Interval
+from exactivations.lit_modules.probes.probe_metrics import CLASSIFICATION, REGRESSION
+from exactivations.lit_modules.probes.probe_results import ProbeResults, Threshold, VectorResult
 
 LAYERS = [f"resid_post.{layer}/{pooling}" for pooling in ("mean", "last") for layer in (0, 1, 2)]
 

@@ -13,12 +13,12 @@ import uvicorn
 
 from exactivations.datamodules.named_tokenizer import load_tokenizer
 from exactivations.datamodules.tokenization import tokenizer_hash
-from exactivations.lit_modules.amplification import LogitDiffAmplifier
-from exactivations.lit_modules.decoding import Decoding, Prompts, Rows, generate
-from exactivations.lit_modules.row_sampling import RowSampling
-from exactivations.lit_modules.serving_engine import ServingEngine
-from exactivations.lit_modules.serving_tickets import Limits
-from exactivations.lit_modules.tokenizer_compatibility import tokenizer_compatibility
+from exactivations.lit_modules.amplification.amplifier import LogitDiffAmplifier
+from exactivations.lit_modules.amplification.decoding import Decoding, Prompts, Rows, generate
+from exactivations.lit_modules.amplification.row_sampling import RowSampling
+from exactivations.lit_modules.amplification.serving_engine import ServingEngine
+from exactivations.lit_modules.amplification.serving_tickets import Limits
+from exactivations.lit_modules.amplification.tokenizer_compatibility import tokenizer_compatibility
 from exactivations.scripts.serve_app import About, serving_app
 from exactivations.scripts.serve_metrics import Metrics
 from exactivations.scripts.serve_work import RequestLimits, Service

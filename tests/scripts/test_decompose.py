@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from exactivations.datamodules.embedded import DEMO_MODEL
-from exactivations.lit_modules.ci_function_file import causal_importances, read_ci_function
-from exactivations.lit_modules.component_file import read_components
+from exactivations.lit_modules.decomposition.ci_function_file import causal_importances, read_ci_function
+from exactivations.lit_modules.decomposition.component_file import read_components
 from exactivations.scripts import decompose_run
 from exactivations.scripts.decompose import decompose, decompose_toy
 from exactivations.scripts.main import main

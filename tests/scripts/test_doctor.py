@@ -11,7 +11,7 @@ from exactivations.lit_modules import ModelOptions
 from exactivations.scripts import main as command_line
 from exactivations.scripts.doctor import about_final_norm, doctor, load_tokenizer, pad_token
 from exactivations.store.errors import InvalidInputError
-from tests.lit_modules.models import CONFIGS, tiny_model
+from tests.lit_modules.tiny_models import CONFIGS, tiny_model
 
 
 def test_the_demo_model(capsys):

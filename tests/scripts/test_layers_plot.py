@@ -8,8 +8,8 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from exactivations.lit_modules.group_bootstrap import Interval
-from exactivations.lit_modules.probe_results import VectorResult
+from exactivations.lit_modules.probes.group_bootstrap import Interval
+from exactivations.lit_modules.probes.probe_results import VectorResult
 from exactivations.scripts.layers_plot import layers_figure, layers_plot, place_of
 from exactivations.store.errors import InvalidInputError, StoreError
 from tests.scripts.probe_results import LAYERS, results_of

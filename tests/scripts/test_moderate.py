@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from exactivations.lit_modules.moderator_file import load_moderator
+from exactivations.lit_modules.moderation.moderator_file import load_moderator
 from exactivations.scripts.main import main
 from exactivations.scripts.moderate_apply import Application, apply_to_runs
 from exactivations.scripts.moderate_run import Machine, opened
@@ -87,7 +87,7 @@ def test_a_fit_writes_the_moderator_its_predictions_and_the_comparison(made):
 
 @pytest.mark.parametrize("name", ["resid_post.1/mean mahalanobis:ridge", "MLPM/last+prompt mahalanobis:ledoit-wolf"])
 def test_live_is_as_stored_and_as_deep_as_needed(made, tmp_path, name, monkeypatch):
-    from exactivations.lit_modules.live_moderation import LiveModerator
+    from exactivations.lit_modules.moderation.live_moderation import LiveModerator
 
     depths, load = [], LiveModerator.data_of
     monkeypatch.setattr(

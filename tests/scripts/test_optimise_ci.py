@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from exactivations.lit_modules.causal_importance import CausalImportanceFunction
-from exactivations.lit_modules.ci_function_file import causal_importances, write_ci_function
-from exactivations.lit_modules.component_file import write_components
-from exactivations.lit_modules.language_model import ModelOptions
+from exactivations.lit_modules.decomposition.causal_importance import CausalImportanceFunction
+from exactivations.lit_modules.decomposition.ci_function_file import causal_importances, write_ci_function
+from exactivations.lit_modules.decomposition.component_file import write_components
+from exactivations.lit_modules.models.language_model import ModelOptions
 from exactivations.scripts.component_loading import load_components
 from exactivations.scripts.main import main
 from exactivations.scripts.optimise_ci import optimise_ci

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
-from exactivations.lit_modules.probe_file import load_probes
+from exactivations.lit_modules.probes.probe_file import load_probes
 from exactivations.scripts.main import main
 from exactivations.store import ActivationStore
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from exactivations.lit_modules.group_bootstrap import Interval
+from exactivations.lit_modules.probes.group_bootstrap import Interval
 from exactivations.scripts.probe_report import LEVEL, MOST_ROWS, probe_report, results_table
 from tests.scripts.probe_results import LAYERS, results_of
 

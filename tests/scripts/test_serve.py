@@ -15,8 +15,8 @@ import pytest
 import requests
 import torch
 
-from exactivations.lit_modules.row_sampling import row_seed
-from exactivations.lit_modules.serving_tickets import Limits
+from exactivations.lit_modules.amplification.row_sampling import row_seed
+from exactivations.lit_modules.amplification.serving_tickets import Limits
 from exactivations.scripts.serve_run import api_key_from, listening
 from exactivations.scripts.serve_work import RequestLimits
 from exactivations.store.errors import InvalidInputError

@@ -11,9 +11,9 @@ import torch
 
 from exactivations.datamodules.completions import open_completions
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.amplification import AmplifyOptions
-from exactivations.lit_modules.behaviours import Behaviours
-from exactivations.lit_modules.serving_tickets import Limits
+from exactivations.lit_modules.amplification.amplifier import AmplifyOptions
+from exactivations.lit_modules.amplification.behaviours import Behaviours
+from exactivations.lit_modules.amplification.serving_tickets import Limits
 from exactivations.scripts.main import main
 from exactivations.scripts.serve_experiment import Answer, Server, Wanted, served_trials
 from exactivations.scripts.serve_work import RequestLimits

@@ -6,8 +6,8 @@ import openai
 import pytest
 import torch
 
-from exactivations.lit_modules.row_sampling import row_seed
-from exactivations.lit_modules.serving_tickets import Limits
+from exactivations.lit_modules.amplification.row_sampling import row_seed
+from exactivations.lit_modules.amplification.serving_tickets import Limits
 from exactivations.scripts.serve_work import RequestLimits
 
 from .served import PROMPT, in_process, models, serving, tokenizer

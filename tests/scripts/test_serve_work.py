@@ -8,8 +8,8 @@ import pytest
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from exactivations.lit_modules.serving_engine import ServingEngine
-from exactivations.lit_modules.serving_tickets import Limits
+from exactivations.lit_modules.amplification.serving_engine import ServingEngine
+from exactivations.lit_modules.amplification.serving_tickets import Limits
 from exactivations.scripts.serve_flight import ServeError
 from exactivations.scripts.serve_metrics import Metrics
 from exactivations.scripts.serve_openai import CompletionsRequest

@@ -13,7 +13,7 @@ from exactivations.datamodules.completions import open_completions
 from exactivations.datamodules.embedded import DEMO_MODEL
 from exactivations.datamodules.plan import PlanOptions
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.amplification import AmplifyOptions, LogitDiffAmplifier
+from exactivations.lit_modules.amplification.amplifier import AmplifyOptions, LogitDiffAmplifier
 from exactivations.store.completions import CompletionStore
 from exactivations.store.errors import CorruptShardError, IncompleteStoreError, InvalidInputError, StoreError
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exactivations.lit_modules.ground_truth import pool_by_definition
+from exactivations.lit_modules.models.ground_truth import pool_by_definition
 from exactivations.store import ActivationStore, MeanActivations
 from exactivations.store.errors import (
     ExactivationsError,

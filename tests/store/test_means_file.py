@@ -12,7 +12,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exactivations.lit_modules.ground_truth import pool_by_definition
+from exactivations.lit_modules.models.ground_truth import pool_by_definition
 from exactivations.store.errors import (
     ExactivationsError,
     IdentityError,

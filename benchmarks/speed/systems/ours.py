@@ -18,7 +18,7 @@ from exactivations.callbacks.token_progress import TokenProgress
 from exactivations.datamodules import TextDataModule
 from exactivations.datamodules.plan import PlanOptions
 from exactivations.datamodules.tokenization import TextOptions
-from exactivations.lit_modules import extraction
+from exactivations.lit_modules.extraction import extractor as extractor_module
 from exactivations.scripts.trainers import trainer_on
 from exactivations.store import ActivationStore
 
@@ -26,7 +26,7 @@ from exactivations.store import ActivationStore
 def prepare(case: Case, *, padding: str = "none", verify: int = 0) -> Round:
     """Loads the model and tokenizes; a round is the Trainer's predict, with all callbacks of `extract`."""
     out, texts = Path(case.folder, f"run-{padding}-{verify}"), case.read_texts()
-    extractor = extraction.ActivationExtractor(
+    extractor = extractor_module.ActivationExtractor(
         case.model_path, [f"resid_post.{block}" for block in case.blocks], case.poolings, cpu_threads=case.threads
     )
     inside = Inside(extractor.load("cpu").model)
@@ -59,7 +59,7 @@ def prepare(case: Case, *, padding: str = "none", verify: int = 0) -> Round:
     return Round(run, outputs, dict if verify else inside.seconds)  # verifying comes after the loop
 
 
-class Inside(extraction.pl.Callback):
+class Inside(extractor_module.pl.Callback):
     """Measures inside one run: seconds in the model's own forward pass (hooks not counted), and of the whole loop."""
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -71,7 +71,7 @@ class Inside(extraction.pl.Callback):
     def measuring(self) -> Any:
         """Wraps the model's forward and the reading of hook points for one run."""
         self.forward = self.hooks = 0.0
-        forward, reading = self.model.forward, extraction.reading
+        forward, reading = self.model.forward, extractor_module.reading
 
         def timed_forward(*args: Any, **kwargs: Any) -> Any:
             began = time.perf_counter()
@@ -89,11 +89,11 @@ class Inside(extraction.pl.Callback):
             return reading(model, points, timed_read)
 
         timed_forward.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
-        self.model.forward, extraction.reading = timed_forward, timed_reading  # type: ignore[method-assign, assignment]
+        self.model.forward, extractor_module.reading = timed_forward, timed_reading  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
-            self.model.forward, extraction.reading = forward, reading  # type: ignore[method-assign]
+            self.model.forward, extractor_module.reading = forward, reading  # type: ignore[method-assign]
 
     def on_predict_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Starts the clock of the loop."""

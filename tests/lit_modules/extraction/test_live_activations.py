@@ -1,0 +1,109 @@
+"""Activations computed here and now are those of a store of the same samples, to the bit, and of the same samples and tokens."""
+
+import datasets
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Model
+
+from exactivations.callbacks import ActivationWriter
+from exactivations.datamodules.activations import ActivationDataModule
+from exactivations.datamodules.plan import PlanOptions
+from exactivations.datamodules.text import TextDataModule
+from exactivations.lit_modules.extraction.extractor import ActivationExtractor
+from exactivations.lit_modules.extraction.live_activations import LiveActivations, live_batches
+from exactivations.store.activation_store import ActivationStore
+from exactivations.store.errors import InvalidInputError, NotFiniteError
+from tests.lit_modules.probe_stores import run, save_model, texts_of
+
+POINTS, POOLINGS = ["embed", "resid_post.1"], ["mean", "last", "tokens"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def parts_of(model):
+    """An extractor, and a random choice of the samples, in many shards."""
+    texts, labels, letters = texts_of()
+    columns = {"text": texts, "label": labels, "letters": letters, "module": [f"m{i % 30}" for i in range(90)]}
+    data = TextDataModule(
+        datasets.Dataset.from_dict(columns), model, num_samples=80, sample_seed=3, plan_options=PlanOptions(60, 90)
+    )
+    return ActivationExtractor(model, POINTS, POOLINGS, cpu_threads=1), data
+
+
+@pytest.fixture(scope="module")
+def both(model, tmp_path_factory):
+    """The same samples, from a store and live."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    extractor, data = parts_of(model)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, callbacks=[ActivationWriter(path)], logger=False, use_distributed_sampler=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.predict(extractor, datamodule=data, return_predictions=False)
+    store = ActivationStore(path, allow_unverified=True)
+    assert store.info.n_shards > 3 and store.sample_index.tolist() != list(range(80))
+    return store, LiveActivations(*parts_of(model))
+
+
+def test_rows_tokens_and_samples_are_those_of_the_store(both):
+    store, live = both
+    assert len(live) == len(store) == 80 and live.sample_index.tolist() == store.sample_index.tolist()
+    assert live.per_token == store.per_token and live.samples.equals(store.samples)
+    assert live.token_start.tolist() == store.token_start.tolist()
+    rng = np.random.default_rng(0)
+    n_tokens = int(store.token_start[-1])
+    for name, per_token in store.per_token.items():
+        numbers = rng.integers(0, n_tokens if per_token else 80, size=300)
+        assert torch.equal(live.rows(name, numbers), store.rows(name, numbers))
+    numbers = rng.integers(0, n_tokens, size=300)
+    assert live.token_ids(numbers).tolist() == store.token_ids(numbers).tolist()
+    assert live.are_content(numbers).tolist() == store.are_content(numbers).tolist()
+    assert 0.5 < live.are_content(np.arange(n_tokens)).double().mean() < 1
+    none = np.array([], dtype=np.int64)
+    assert live.rows("embed/tokens", none).shape == store.rows("embed/tokens", none).shape == (0, 16)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"label": "label"}, {"label": "letters", "unit": "token"}, {"label": "label", "over_tokens": True, "batch_size": 16}],
+)
+def test_a_data_module_gives_the_same_examples_of_both(both, options):
+    modules = [ActivationDataModule(source, group="module", n_shuffles=1, **options) for source in both]
+    for part in ("train", "validation", "test"):
+        numbers = modules[0].numbers(part)
+        assert modules[1].numbers(part).tolist() == numbers.tolist()
+        one, other = (module.examples(part, modules[0].names, numbers) for module in modules)
+        assert one.rows.keys() == other.rows.keys() and torch.equal(one.labels, other.labels)
+        assert all(torch.equal(rows, other.rows[name]) for name, rows in one.rows.items())
+        assert one.n_tokens is other.n_tokens is None or torch.equal(one.n_tokens, other.n_tokens)
+        assert modules[0].groups_of(part) == modules[1].groups_of(part)
+
+
+def test_a_sweep_needs_no_store(both):
+    stored, live = (run(ActivationDataModule(source, "label", group="module")) for source in both)
+    assert stored.tested.keys() == live.tested.keys() == {"embed/mean", "embed/last", "resid_post.1/mean", "resid_post.1/last"}
+    assert all(torch.equal(scores, live.tested[name]) for name, scores in stored.tested.items())
+
+
+def test_what_the_model_cannot_take_is_refused_with_its_sample(model, tmp_path):
+    long = TextDataModule(["w1 w2", " ".join(["w3"] * 40)], model)
+    with pytest.raises(InvalidInputError, match=r"sample 1 .*42"):
+        next(live_batches(ActivationExtractor(model, POINTS, POOLINGS), long))
+    spoilt = GPT2Model.from_pretrained(model)
+    with torch.no_grad():
+        spoilt.wte.weight[5 + 7] = torch.inf
+    live = LiveActivations(ActivationExtractor(spoilt, POINTS, POOLINGS), TextDataModule(["w1 w2", "w3", "w2 w7 w1"], model))
+    with pytest.raises(NotFiniteError, match=r"^sample 2: embed/"):
+        live.rows("embed/mean", np.array([0]))
