@@ -22,7 +22,7 @@ from exactivations.store.run_folder import SAMPLES_FILE, RunFolder, places_of_sh
 from exactivations.store.shard import verify_shard
 from exactivations.store.verification import refuse_unverified
 
-BYTES_FOR_THREADS = 16 << 20  # for less, starting threads takes longer than they save
+BYTES_FOR_THREADS = 64 << 20  # for less, starting threads takes longer than they save
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ def test_the_table_of_samples_is_the_parquet_file(path):
     assert ActivationStore(path).samples.to_pandas().equals(pd.read_parquet(path / "samples.parquet"))
 
 
-@pytest.mark.parametrize("bytes_for_threads", [0, 16 << 20])
+@pytest.mark.parametrize("bytes_for_threads", [0, 64 << 20])
 @pytest.mark.parametrize("name", ["resid_post.1/mean", "final_norm/last"])
 def test_pooled_rows_are_in_dataset_order(path, name, bytes_for_threads, monkeypatch):
     monkeypatch.setattr(activation_store, "BYTES_FOR_THREADS", bytes_for_threads)
@@ -332,7 +332,7 @@ def test_any_lengths_indices_and_shards_read_back(tmp_path_factory, samples, n_s
     n_shards=st.integers(1, 5),
     leave_out=st.booleans(),
     dtype=st.sampled_from(["float32", "bfloat16"]),
-    bytes_for_threads=st.sampled_from([0, 16 << 20]),
+    bytes_for_threads=st.sampled_from([0, 64 << 20]),
     data=st.data(),
 )
 def test_rows_by_number_are_those_of_a_plain_loop_in_any_order_and_as_often_as_asked(
