@@ -48,8 +48,7 @@ class Comparison:
         tolerance: The largest error that is allowed.
         worst_row: The row with this error: for "tokens" the position in the sample, else 0.
         n_rows: How many rows were compared, and n_beyond: how many of them are further off than allowed.
-        is_near_tie: Whether a larger error was traced to a router that chose other experts: see
-            `exactivations.lit_modules.verification.routing`.
+        is_near_tie: Whether a larger error was traced to a router that chose other experts, since rounding tipped the choice.
     """
 
     name: str
