@@ -64,16 +64,14 @@ class Piece:
     shard: int
     rows: slice | npt.NDArray[np.int64]
 
-    def parts(self, n: int) -> Iterator["Piece"]:
-        """Yields it as up to n pieces of about the same size."""
-        step = -(-len(self.to) // n)
-        for first in range(0, len(self.to), step):
-            to = self.to[first : first + step]
-            rows = self.rows
+    def parts(self, n_rows: int) -> Iterator["Piece"]:
+        """Yields it as pieces of at most so many rows."""
+        for first in range(0, len(self.to), n_rows):
+            to, rows = self.to[first : first + n_rows], self.rows
             if isinstance(rows, slice):
                 yield Piece(to, self.shard, slice(rows.start + first, rows.start + first + len(to)))
             else:
-                yield Piece(to, self.shard, rows[first : first + step])
+                yield Piece(to, self.shard, rows[first : first + n_rows])
 
 
 class ActivationStore:
@@ -212,7 +210,7 @@ class ActivationStore:
         name = self._name(hook_point, pooling, per_token=False)
         spec = self.info.activations[name]
         out = empty_on_host(len(self), spec["width"], dtype=getattr(torch, spec["dtype"]))
-        pieces = [Piece(positions, shard, slice(0, len(positions))) for shard, positions in self._positions.items()]
+        pieces = [Piece(positions, shard, slice(0, len(positions))) for shard, positions in self._positions.items() if len(positions)]
         self._copy(name, pieces, out)
         return out
 
@@ -226,14 +224,14 @@ class ActivationStore:
         def copy(piece: Piece) -> None:
             rows[piece.to] = of_shard[piece.shard][piece.rows]
 
-        if out.nbytes < BYTES_FOR_THREADS:
+        n_threads = torch.get_num_threads() if out.nbytes >= BYTES_FOR_THREADS else 1
+        if n_threads == 1:
             for piece in pieces:
                 copy(piece)
-        else:
-            n_threads = torch.get_num_threads()
-            parts = [part for piece in pieces for part in piece.parts(n_threads)]
-            with ThreadPoolExecutor(n_threads) as threads:  # NumPy copies without the interpreter's lock
-                list(threads.map(copy, parts))  # raises what one of them raised
+            return
+        parts = [part for piece in pieces for part in piece.parts(-(-len(out) // n_threads))]
+        with ThreadPoolExecutor(n_threads) as threads:  # NumPy copies without the interpreter's lock
+            list(threads.map(copy, parts))  # raises what one of them raised
 
     def tokens(self, hook_point: str, block_tokens: int = 65536) -> Iterator[TokenBlock]:
         """Yields the rows of all tokens in blocks of whole samples, in the order of the shards (the fastest to read).
@@ -393,6 +391,15 @@ class ActivationStore:
                     raise CorruptShardError(
                         f"{self.folder.shard_path(shard)} and {SAMPLES_FILE} disagree on {name}: one of them is damaged or belongs "
                         "to another run; open the store with verify_checksums=True to see whether it is the shard"
+                    )
+            n_tokens = int(expected_n_tokens.sum())
+            for name, spec in self.info.activations.items():
+                found = str(tensors[name].dtype).removeprefix("torch."), tuple(tensors[name].shape)
+                planned = spec["dtype"], (n_tokens if spec["per_token"] else len(positions), spec["width"])
+                if found != planned:
+                    raise CorruptShardError(
+                        f"{self.folder.shard_path(shard)} holds {name} as {found[0]} {list(found[1])}, expected {planned[0]} "
+                        f"{list(planned[1])} by run.json and {SAMPLES_FILE}: one of them is damaged or belongs to another run"
                     )
             self._open[shard] = tensors
         return self._open[shard]
