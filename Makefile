@@ -4,7 +4,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PACKAGES := store datamodules lit_modules $(wildcard lit_modules/*/) callbacks scripts
+PACKAGES := $(shell find store datamodules lit_modules callbacks scripts -type d ! -name __pycache__)
 
 # Installed once, and again when dependencies change or a file is added to a package (its folder is then newer). A strict
 # editable install, since mypy cannot follow the default one.

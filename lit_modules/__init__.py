@@ -1,25 +1,11 @@
-"""LightningModules: what is computed, and the model-side helpers that they need."""
+"""LightningModules: what is computed, and the model-side helpers that they need.
 
-from exactivations.lit_modules.amplification import LogitDiffAmplifier, StandardGeneration
-from exactivations.lit_modules.attribution import LocalAttributor
-from exactivations.lit_modules.decomposition import CiOptimisation, Decomposition
+Here are the names of extraction and probes; moderation, amplification, decomposition and attribution have theirs in their folders.
+"""
+
 from exactivations.lit_modules.extraction import ActivationExtractor, LiveActivations
 from exactivations.lit_modules.models import ModelOptions
-from exactivations.lit_modules.moderation import PrototypeModerator
 from exactivations.lit_modules.probes import ExactProbeSweep, TrainedProbeSweep
 from exactivations.lit_modules.verification import verify_store
 
-__all__ = [
-    "ActivationExtractor",
-    "CiOptimisation",
-    "Decomposition",
-    "ExactProbeSweep",
-    "LiveActivations",
-    "LocalAttributor",
-    "LogitDiffAmplifier",
-    "ModelOptions",
-    "PrototypeModerator",
-    "StandardGeneration",
-    "TrainedProbeSweep",
-    "verify_store",
-]
+__all__ = ["ActivationExtractor", "ExactProbeSweep", "LiveActivations", "ModelOptions", "TrainedProbeSweep", "verify_store"]

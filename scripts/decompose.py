@@ -64,7 +64,7 @@ def decompose(
     from exactivations.datamodules.plan import PlanOptions
     from exactivations.datamodules.text import TextDataModule
     from exactivations.datamodules.tokenization import TextOptions
-    from exactivations.lit_modules.decomposition.decomposition_trainer import Objective
+    from exactivations.lit_modules.decomposition.decomposition import Objective
     from exactivations.lit_modules.models.language_model import ModelOptions
     from exactivations.scripts.decompose_run import Machine, Training, decompose_model
 
@@ -125,7 +125,7 @@ def decompose_toy(
         accelerator: cpu, gpu or auto.
         overwrite: Replace the decompositions that are in the folder.
     """
-    from exactivations.lit_modules.decomposition.decomposition_trainer import Objective
+    from exactivations.lit_modules.decomposition.decomposition import Objective
     from exactivations.scripts.decompose_run import Machine, Toy, Training, decompose_toys
 
     objective = Objective("mse", minimality, exponent, faithfulness)

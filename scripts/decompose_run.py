@@ -19,8 +19,8 @@ from exactivations.lit_modules.decomposition.ci_function_file import write_ci_fu
 from exactivations.lit_modules.decomposition.component_file import write_components
 from exactivations.lit_modules.decomposition.component_linear import singular_components, weight_of
 from exactivations.lit_modules.decomposition.component_model import ComponentModel, maps_matching
+from exactivations.lit_modules.decomposition.decomposition import Decomposition, Objective
 from exactivations.lit_modules.decomposition.decomposition_evaluation import evaluate, largest_only, missing_of
-from exactivations.lit_modules.decomposition.decomposition_trainer import Decomposition, Objective
 from exactivations.lit_modules.decomposition.toy_superposition import recovery, sparse_features, train_toy_superposition
 from exactivations.lit_modules.models.language_model import ModelOptions, load_causal_model
 from exactivations.scripts.decompose_report import tell_model, tell_toys

@@ -15,7 +15,7 @@ from exactivations.lit_modules.decomposition.causal_importance import hard_sigmo
 from exactivations.lit_modules.decomposition.ci_function_file import read_ci_function
 from exactivations.lit_modules.decomposition.ci_optimisation import CiOptimisation
 from exactivations.lit_modules.decomposition.component_model import ComponentModel
-from exactivations.lit_modules.decomposition.decomposition_trainer import raw_importances
+from exactivations.lit_modules.decomposition.decomposition import raw_importances
 from exactivations.lit_modules.decomposition.optimised_sets import CiOptions, OptimisedSet
 from exactivations.lit_modules.models.language_model import ModelOptions
 from exactivations.scripts.trainers import trainer_on

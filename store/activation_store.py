@@ -210,7 +210,9 @@ class ActivationStore:
         name = self._name(hook_point, pooling, per_token=False)
         spec = self.info.activations[name]
         out = empty_on_host(len(self), spec["width"], dtype=getattr(torch, spec["dtype"]))
-        pieces = [Piece(positions, shard, slice(0, len(positions))) for shard, positions in self._positions.items() if len(positions)]
+        pieces = [
+            Piece(positions, shard, slice(0, len(positions))) for shard, positions in self._positions.items() if len(positions)
+        ]
         self._copy(name, pieces, out)
         return out
 

@@ -1,5 +1,6 @@
 """What gets installed: one namespace, everything that is needed, nothing that would shadow a user's own modules."""
 
+import ast
 import configparser
 import os
 import re
@@ -86,10 +87,35 @@ def test_everything_that_is_installed_is_pinned():
     assert installed - normal - {"pip", "exactivations"} == set()
 
 
-def test_no_module_imports_upwards():
-    for height, folder in enumerate(FOLDERS):
-        for path in (ROOT / folder).glob("*.py"):
-            if path == ROOT / "lit_modules" / "__init__.py":  # what users import by the package's name
-                continue
-            above = [f for f in FOLDERS[height + 1 :] if f"exactivations.{f.replace('/', '.')}" in path.read_text()]
-            assert not above, f"{path.relative_to(ROOT)} imports from {above}, which stand above {folder}"
+def test_the_folders_are_those_that_are_installed():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    listed = setup["options"]["packages"].split()
+    assert [f"exactivations.{folder.replace('/', '.')}" for folder in FOLDERS] == listed
+    on_disk = {str(p.parent.relative_to(ROOT)) for folder in FOLDERS for p in (ROOT / folder.split("/")[0]).rglob("__init__.py")}
+    assert on_disk == set(FOLDERS)
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_no_module_imports_upwards(folder):
+    above = [f"exactivations.{f.replace('/', '.')}" for f in FOLDERS[FOLDERS.index(folder) + 1 :]]
+    for path in (ROOT / folder).glob("*.py"):
+        if path == ROOT / "lit_modules" / "__init__.py":  # what users import by the package's name
+            continue
+        found = imported(path.read_text())
+        wrong = [name for name in found if any(f"{name}.".startswith(f"{f}.") for f in above)]
+        if folder.startswith("lit_modules/") and "exactivations.lit_modules" in found:
+            wrong.append("exactivations.lit_modules")  # its names are those of its folders, which may stand above
+        assert not wrong, f"{path.relative_to(ROOT)} imports {wrong}, which stand above {folder}"
+
+
+def imported(source):
+    """Returns the dotted names that a source text imports, also inside functions: modules, and what is taken from them."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, ast.unparse(node)
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found

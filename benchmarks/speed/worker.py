@@ -23,9 +23,9 @@ def main() -> None:
     try:
         prepared = importlib.import_module(f"benchmarks.speed.systems.{name}").prepare(case, **json.loads(variant or "{}"))
     except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"{error}: other tools are an extra, pip install --constraint constraints.txt --editable '.[bench]'"
-        ) from None
+        if error.name in ("nnsight", "sentence_transformers", "transformer_lens"):
+            raise SystemExit(f"{error}: `make bench` installs the other tools") from None
+        raise
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         began = time.perf_counter()

@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from exactivations.lit_modules.amplification.cached_model import CachedModel, checked_left_padding
 from exactivations.lit_modules.amplification.logit_difference import logit_difference
 from exactivations.lit_modules.amplification.model_pair import ModelPair, restricted
 from exactivations.lit_modules.amplification.row_sampling import RowSampling
-from exactivations.lit_modules.models.cached_model import CachedModel, checked_left_padding
 from exactivations.store.errors import InvalidInputError
 
 Finished = Literal["eos", "length"]

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedModel
 
+from exactivations.lit_modules.amplification.cached_model import CachedModel, check_generator, checked_left_padding
 from exactivations.lit_modules.amplification.model_pair import (
     check_common,
     is_shared,
@@ -22,7 +23,6 @@ from exactivations.lit_modules.amplification.model_pair import (
     restricted,
     vocabulary_width,
 )
-from exactivations.lit_modules.models.cached_model import CachedModel, check_generator, checked_left_padding
 from exactivations.store.errors import InvalidInputError
 
 

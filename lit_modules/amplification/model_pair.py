@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from exactivations.lit_modules.models.cached_model import check_generator
+from exactivations.lit_modules.amplification.cached_model import check_generator
 from exactivations.lit_modules.models.language_model import max_positions
 from exactivations.store.errors import InvalidInputError
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from exactivations.lit_modules.amplification.cached_model import checked_left_padding
 from exactivations.lit_modules.amplification.decoding import Decoding, Prompts, Rows, Step
 from exactivations.lit_modules.amplification.model_pair import ModelPair
 from exactivations.lit_modules.amplification.row_sampling import RowSampling
@@ -31,7 +32,6 @@ from exactivations.lit_modules.amplification.serving_tickets import (
     Ticket,
     queue_is_full,
 )
-from exactivations.lit_modules.models.cached_model import checked_left_padding
 from exactivations.lit_modules.models.language_model import body_of
 from exactivations.lit_modules.models.model_facts import length_dependent_rope
 from exactivations.store.errors import InvalidInputError

@@ -5,13 +5,16 @@ from exactivations.lit_modules.decomposition.ci_function_file import causal_impo
 from exactivations.lit_modules.decomposition.ci_optimisation import CiOptimisation
 from exactivations.lit_modules.decomposition.component_file import read_components, write_components
 from exactivations.lit_modules.decomposition.component_model import ComponentModel
-from exactivations.lit_modules.decomposition.decomposition_trainer import Decomposition
+from exactivations.lit_modules.decomposition.decomposition import Decomposition, Objective
+from exactivations.lit_modules.decomposition.optimised_sets import CiOptions
 
 __all__ = [
     "CausalImportanceFunction",
     "CiOptimisation",
+    "CiOptions",
     "ComponentModel",
     "Decomposition",
+    "Objective",
     "causal_importances",
     "read_ci_function",
     "read_components",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from exactivations.lit_modules.decomposition.causal_importance import CausalImportanceFunction, hard_sigmoid
 from exactivations.lit_modules.decomposition.component_model import ComponentModel
-from exactivations.lit_modules.decomposition.decomposition_trainer import raw_importances
+from exactivations.lit_modules.decomposition.decomposition import raw_importances
 from exactivations.lit_modules.models.language_model import weights_hash
 from exactivations.store.described_file import read_described, write_described
 from exactivations.store.errors import InvalidInputError

@@ -10,8 +10,8 @@ from torch import Tensor
 from exactivations.datamodules.step_batches import generator_at
 from exactivations.lit_modules.decomposition.causal_importance import CausalImportanceFunction, hard_sigmoid
 from exactivations.lit_modules.decomposition.component_model import ComponentModel
+from exactivations.lit_modules.decomposition.decomposition import CLEARLY_ALIVE, raw_importances
 from exactivations.lit_modules.decomposition.decomposition_losses import Divergence, divergence, sampled_masks
-from exactivations.lit_modules.decomposition.decomposition_trainer import CLEARLY_ALIVE, raw_importances
 from exactivations.lit_modules.models.language_model import outputs_of
 from exactivations.store.errors import InvalidInputError
 

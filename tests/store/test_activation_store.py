@@ -86,10 +86,11 @@ def test_the_table_of_samples_is_the_parquet_file(path):
     assert ActivationStore(path).samples.to_pandas().equals(pd.read_parquet(path / "samples.parquet"))
 
 
-@pytest.mark.parametrize("bytes_for_threads", [0, 64 << 20])
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 100])
 @pytest.mark.parametrize("name", ["resid_post.1/mean", "final_norm/last"])
-def test_pooled_rows_are_in_dataset_order(path, name, bytes_for_threads, monkeypatch):
-    monkeypatch.setattr(activation_store, "BYTES_FOR_THREADS", bytes_for_threads)
+def test_pooled_rows_are_in_dataset_order(path, name, n_threads, monkeypatch):
+    monkeypatch.setattr(activation_store, "BYTES_FOR_THREADS", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: n_threads)
     store, plain = ActivationStore(path), read_plainly(path)
     pooled = store.pooled(*name.split("/"))
     assert torch.equal(pooled, torch.stack([plain[index][1][name] for index in INDEX]))
@@ -332,11 +333,11 @@ def test_any_lengths_indices_and_shards_read_back(tmp_path_factory, samples, n_s
     n_shards=st.integers(1, 5),
     leave_out=st.booleans(),
     dtype=st.sampled_from(["float32", "bfloat16"]),
-    bytes_for_threads=st.sampled_from([0, 64 << 20]),
+    n_threads=st.sampled_from([1, 2, 5]),
     data=st.data(),
 )
 def test_rows_by_number_are_those_of_a_plain_loop_in_any_order_and_as_often_as_asked(
-    tmp_path_factory, samples, n_shards, leave_out, dtype, bytes_for_threads, data
+    tmp_path_factory, samples, n_shards, leave_out, dtype, n_threads, data
 ):
     path = tmp_path_factory.mktemp("store")
     index, lengths = map(list, zip(*sorted(samples), strict=True))
@@ -350,7 +351,8 @@ def test_rows_by_number_are_those_of_a_plain_loop_in_any_order_and_as_often_as_a
     def numbers(n):
         return np.array(data.draw(st.lists(st.integers(0, n - 1), max_size=2 * n)), dtype=np.int64)
 
-    with mock.patch.object(activation_store, "BYTES_FOR_THREADS", bytes_for_threads):
+    threads = mock.patch.object(torch, "get_num_threads", return_value=n_threads)
+    with mock.patch.object(activation_store, "BYTES_FOR_THREADS", 0), threads:
         check_rows(store, present, tokens, dtype, numbers)
 
 

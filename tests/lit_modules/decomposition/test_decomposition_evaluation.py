@@ -9,8 +9,8 @@ from torch.nn import functional
 from exactivations.lit_modules.decomposition.causal_importance import CausalImportanceFunction
 from exactivations.lit_modules.decomposition.ci_function_file import causal_importances
 from exactivations.lit_modules.decomposition.component_model import ComponentModel
+from exactivations.lit_modules.decomposition.decomposition import CLEARLY_ALIVE
 from exactivations.lit_modules.decomposition.decomposition_evaluation import evaluate, largest_only
-from exactivations.lit_modules.decomposition.decomposition_trainer import CLEARLY_ALIVE
 from exactivations.store.errors import InvalidInputError
 from tests.lit_modules.pairs import language_model
 

@@ -13,7 +13,7 @@ from exactivations.datamodules.step_batches import StepBatches, generator_at
 from exactivations.lit_modules.decomposition.causal_importance import lower_leaky_hard_sigmoid, upper_leaky_hard_sigmoid
 from exactivations.lit_modules.decomposition.ci_function_file import causal_importances, read_ci_function, write_ci_function
 from exactivations.lit_modules.decomposition.component_model import ComponentModel
-from exactivations.lit_modules.decomposition.decomposition_trainer import CLEARLY_ALIVE, Decomposition, Objective
+from exactivations.lit_modules.decomposition.decomposition import CLEARLY_ALIVE, Decomposition, Objective
 from exactivations.lit_modules.decomposition.toy_superposition import (
     ToySuperposition,
     recovery,
