@@ -291,6 +291,20 @@ def test_shards_that_several_folders_hold_are_merged_by_copying(tmp_path):
         check_sample(sample, *plain[sample.sample_index])
 
 
+@pytest.mark.parametrize("name", ["resid_post.1/mean", "resid_post.1/tokens"])
+@pytest.mark.parametrize("spoil", [lambda t: torch.cat([t, t[:1]]), lambda t: t[:-1], lambda t: t[:, :-1], lambda t: t.double()])
+def test_a_shard_whose_rows_are_of_another_number_width_or_dtype_is_refused(path, name, spoil):
+    file = path / "shards" / "00001.safetensors"
+    with safe_open(file, framework="pt") as shard:
+        metadata = json.loads(shard.metadata()["exactivations"])
+    tensors = load_file(file)
+    del metadata["checksum"]  # it is made anew, and right: only what run.json says can tell
+    write_shard(file, tensors | {name: spoil(tensors[name]).contiguous()}, metadata)
+    store = ActivationStore(path, allow_unverified=True, verify_checksums=True)
+    with pytest.raises(CorruptShardError, match=f"00001.safetensors holds {name} as float.*expected float32"):
+        list(store)
+
+
 def test_a_shard_of_another_run_that_was_copied_in_is_refused(path):
     folder = path / "shards"
     write_shard(folder / "00000.safetensors", shard_tensors([0], [1]), {"shard": 0, "fingerprint": "other"})
