@@ -92,7 +92,7 @@ class Finished:
             print(f"not verified (--verify-samples 0): readers refuse it until you run: exactivations verify {folder.path}")
         elif self.check.verification is not None:
             new = "nothing new was computed; " if self.check.was_verified_before else ""
-            print(new + verification_table(self.check.verification))
+            print(new + verification_table(self.check.verification, self.writer.info.n_samples))
         if not self.is_whole:
             left = self.data.plan.n_shards - len(published)
             print(f"{left:,} shards are in other nodes' folders: copy all folders into one to read them")

@@ -8,11 +8,12 @@ if TYPE_CHECKING:
 MOST_ROWS = 12
 
 
-def verification_table(verification: "Verification", *, everything: bool = False) -> str:
+def verification_table(verification: "Verification", n_samples: int, *, everything: bool = False) -> str:
     """Returns the verdict and its figures as text, the activations nearest to their tolerance first.
 
     Args:
         verification: The verdict.
+        n_samples: How many samples the store has.
         everything: Show all activations, and not only the first ones.
     """
     n, share = len(verification.samples), "" if verification.share is None else f", {verification.share:.1%} of the run"
@@ -23,6 +24,12 @@ def verification_table(verification: "Verification", *, everything: bool = False
         damaged = f", and {n_damaged} shards are damaged" if n_damaged else ""
         verdict = f"FAILED: of {what}, {n_wrong} disagree with the store{damaged}"
     lines = [f"{verdict} ({verification.seconds:.1f} s{share})"]
+    hidden = verification.largest_hidden_share(n_samples)
+    if verification.passed and hidden:
+        lines.append(
+            f"  a fault in more than {hidden:.1%} of its {n_samples:,} samples would have shown (95% confidence); more samples: "
+            "exactivations verify RUN --samples 300"
+        )
     rows = sorted(verification.figures, key=_nearness, reverse=True)
     shown = rows if everything else rows[:MOST_ROWS]
     width = max([15, *(len(row.name) for row in shown)])

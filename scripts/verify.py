@@ -47,7 +47,7 @@ def verify(
         dtype=None if dtype is None else DTYPES[dtype], device=chosen_device(device),
     )  # fmt: skip
     print(f"{run}: {'VERIFIED' if verification.passed else 'FAILED'}")
-    print(verification_table(verification, everything=True))
+    print(verification_table(verification, info.n_samples, everything=True))
     refuse_failed(folder, verification)
 
 

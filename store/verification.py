@@ -8,6 +8,8 @@ from exactivations.store.errors import StoreError, VerificationError
 from exactivations.store.run_folder import SAMPLES_FILE, VERIFICATION_FILE, RunFolder, RunInfo, contents_of
 from exactivations.store.shard import write_text_atomically
 
+MOST_EXTREMES = 5  # `exactivations.datamodules.draw` takes no more
+
 
 @dataclass(frozen=True)
 class NameFigures:
@@ -96,6 +98,20 @@ class Verification:
     next_tokens_note: str | None = None
     checked: list[str] = field(default_factory=list)
     share: float | None = None
+
+    def largest_hidden_share(self, n_samples: int) -> float:
+        """Returns the largest share of a store's samples that can be wrong although none showed, with 95% confidence.
+
+        Each of n samples drawn at random is right with probability 1 - share: 0.05 = (1 - share) ** n. The others (at most
+        `MOST_EXTREMES`, and up to half) do not count here: they are those where faults show soonest.
+
+        Args:
+            n_samples: How many samples the store has.
+        """
+        if len(self.samples) >= n_samples:
+            return 0.0
+        n = len(self.samples) - min(MOST_EXTREMES, -(-len(self.samples) // 2))
+        return 1 - 0.05 ** (1 / n) if n else 1.0
 
 
 def write_verification(folder: RunFolder, verification: Verification) -> None:

@@ -3,15 +3,20 @@
 import json
 from dataclasses import fields
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
+from exactivations.datamodules import draw
+from exactivations.datamodules.plan import PlanOptions, plan
 from exactivations.store import ActivationStore
 from exactivations.store.errors import IncompleteStoreError, StoreError, VerificationError
 from exactivations.store.run_folder import RunFolder
 from exactivations.store.verification import (
+    MOST_EXTREMES,
     NameFigures,
     NextTokenFigures,
     Verification,
@@ -195,3 +200,21 @@ def test_a_refusal_shows_five_failures_and_counts_the_rest(n):
     assert (f"and {n - 5} more" in message) == (n > 5)
     assert "--overwrite" in message and "exactivations verify somewhere" in message
     refuse_failed(RunFolder("somewhere"), verdict("mine"))
+
+
+@pytest.mark.parametrize(("drawn", "at_random"), [(2, 1), (10, 5), (16, 11), (300, 295)])
+def test_the_share_that_can_hide_is_what_a_binomial_test_says(drawn, at_random):
+    """scipy's exact interval: no wrong one among so many, one-sided, 95%."""
+    share = verdict("run", samples=list(range(drawn))).largest_hidden_share(10**6)
+    assert share == pytest.approx(binomtest(0, at_random, alternative="less").proportion_ci(0.95, "exact").high, abs=1e-12)
+
+
+def test_no_share_can_hide_where_every_sample_was_computed_again():
+    assert verdict("run", samples=[0, 1, 2]).largest_hidden_share(3) == 0
+    assert verdict("run", samples=[0]).largest_hidden_share(2) == 1  # one that was not drawn at random says nothing of the other
+
+
+def test_no_more_samples_are_drawn_for_being_extreme_than_the_verdict_allows_for():
+    lengths = np.array([9, 8, 8, 7, 5, 4, 4, 3, 2, 1] * 4)
+    planned = plan(lengths, PlanOptions(token_budget=16, padding="tail", max_padded_share=0.5))
+    assert len(draw._extremes(planned, np.arange(len(lengths)))) <= MOST_EXTREMES
