@@ -22,7 +22,7 @@ demo: setup
 test: setup
 	$(BIN)/pytest -n 2
 
-# Speed side by side with other tools (about an hour, on a machine that does nothing else), then reading and starting.
+# Speed side by side with other tools (about two hours, on a machine that does nothing else), then reading and starting.
 bench: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,bench]' --config-settings editable_mode=strict
 	$(BIN)/python -m benchmarks.speed

@@ -448,7 +448,7 @@ def shown(message: str) -> str:
 
 
 def main() -> None:
-    """Prints the README's table."""
+    """Prints the table of docs/verification.md."""
     print("| fault | float32 | bfloat16 | float16 | what is said |\n|---|---|---|---|---|")
     with ExitStack() as stack:
         for fault in ZOO:

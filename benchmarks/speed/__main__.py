@@ -54,10 +54,10 @@ DEFAULT = {
     "neox-256:ragged:200:pooled": OURS + PEERS,
     "demo:equal:200:pooled": OURS + PEERS,
     "demo:ragged:2000:pooled": OURS,
-    "neox-256:ragged:2000:pooled": OURS,
+    "neox-256:ragged:1000:pooled": [BOUND, "ours", 'ours:{"padding": "tail"}', "hand_written"],
     "demo:ragged:2000:tokens": [BOUND, "ours", "hand_written", ALONE, "plain_write"],
     "demo:ragged:2000:tokens-all": [BOUND, "ours", ALONE, "plain_write"],
-    "demo:ragged:20000:pooled": [BOUND, "ours", "hand_written", ALONE],
+    "demo:ragged:20000:pooled": [BOUND, "ours", 'ours:{"padding": "tail"}', "hand_written"],
 }
 
 
