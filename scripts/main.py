@@ -118,7 +118,8 @@ def command_line_parser() -> jsonargparse.ArgumentParser:
     groups = {name: {"_help": HELP_OF_GROUPS[name], **c} if isinstance(c, dict) else c for name, c in COMMANDS.items()}
     parser = jsonargparse.auto_parser(
         groups, as_positional=True, prog="exactivations", formatter_class=jsonargparse.DefaultHelpFormatter,
-        description="Language-model activations that belong to the sample and token they are filed under, held against the model in every run.",
+        description="Language-model activations that belong to the sample and token they are filed under, "
+        "held against the model in every run.",
     )  # fmt: skip
     assert parser._subcommands_action is not None
     for name, command in parser._subcommands_action._name_parser_map.items():
