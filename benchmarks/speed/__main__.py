@@ -35,8 +35,10 @@ TITLES = {
     "transformers_padded": "transformers, dataset order, padded, mask",
     "pipeline": "transformers feature-extraction pipeline [1]",
     "sentence_transformers_encode": "sentence-transformers encode [2]",
-    "nnsight_trace": "nnsight trace",
-    "transformer_lens_cache": "TransformerLens run_with_cache",
+    'nnsight_trace:{"sort": true}': "nnsight trace, sorted, stopped early",
+    "nnsight_trace": "nnsight trace, dataset order",
+    'transformer_lens_cache:{"sort": true}': "TransformerLens run_with_cache, sorted",
+    "transformer_lens_cache": "TransformerLens run_with_cache, dataset order",
     "plain_write": "plain write of the same bytes",
 }
 STORING = ("ours", "plain_write")
@@ -47,7 +49,7 @@ NOTES = (
 OURS = [BOUND, "ours", 'ours:{"verify": 16}', 'ours:{"padding": "tail"}', "hand_written", ALONE]
 PEERS = [
     'transformers_padded:{"sort": true}', "transformers_padded", "pipeline", "sentence_transformers_encode",
-    "nnsight_trace", "transformer_lens_cache",
+    'nnsight_trace:{"sort": true}', "nnsight_trace", 'transformer_lens_cache:{"sort": true}', "transformer_lens_cache",
 ]  # fmt: skip
 DEFAULT = {
     "demo:ragged:200:pooled": OURS + PEERS,

@@ -140,6 +140,11 @@ def to_json(case: Case) -> str:
     return json.dumps(asdict(case))
 
 
+def by_length(ids: list[list[int]]) -> list[int]:
+    """Returns the samples' numbers, the longest first."""
+    return sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+
+
 def padded_batches(tokenizer: Any, ids: list[list[int]], order: list[int], size: int) -> Iterator[tuple[list[int], Any]]:
     """Yields samples' numbers and their batch, ids and mask [b, length], padded as the tokenizer does."""
     for start in range(0, len(order), size):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.speed.cases import Case, Outputs, Round, gathered, pooled_states, tokens_gathered
+from benchmarks.speed.cases import Case, Outputs, Round, by_length, gathered, pooled_states, tokens_gathered
 
 TOKEN_BUDGET = 8192
 
@@ -16,7 +16,7 @@ def prepare(case: Case) -> Round:
     model, ids = case.load(), case.token_ids()
     del model.layers[max(case.blocks) + 1 :]
     model.final_layer_norm = torch.nn.Identity()  # nobody reads what is behind it
-    order, batches = sorted(range(case.n), key=lambda i: -len(ids[i])), []
+    order, batches = by_length(ids), []
     while order:
         capacity = max(1, TOKEN_BUDGET // len(ids[order[0]]))
         batches.append(order[:capacity])

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.speed.cases import Case, Outputs, Round, gathered, padded_batches, pooled_states, tokens_gathered
+from benchmarks.speed.cases import Case, Outputs, Round, by_length, gathered, padded_batches, pooled_states, tokens_gathered
 
 
 def prepare(case: Case, *, sort: bool = False, size: int = 32) -> Round:
     """Loads the model and tokenizes; a round pads, computes and pools."""
     model, tokenizer, ids = case.load(), case.tokenizer(), case.token_ids()
-    order = sorted(range(case.n), key=lambda i: -len(ids[i])) if sort else list(range(case.n))
+    order = by_length(ids) if sort else list(range(case.n))
 
     hooked = {str(block): model.layers[block] for block in case.blocks}
     if size == 1 and case.wanted == "pooled":
