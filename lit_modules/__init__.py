@@ -3,9 +3,17 @@
 Here are the names of extraction and probes; moderation, amplification, decomposition and attribution have theirs in their folders.
 """
 
-from exactivations.lit_modules.extraction import ActivationExtractor, LiveActivations
+from exactivations.lit_modules.extraction import ActivationExtractor, LiveActivations, activations
 from exactivations.lit_modules.models import ModelOptions
 from exactivations.lit_modules.probes import ExactProbeSweep, TrainedProbeSweep
 from exactivations.lit_modules.verification import verify_store
 
-__all__ = ["ActivationExtractor", "ExactProbeSweep", "LiveActivations", "ModelOptions", "TrainedProbeSweep", "verify_store"]
+__all__ = [
+    "ActivationExtractor",
+    "ExactProbeSweep",
+    "LiveActivations",
+    "ModelOptions",
+    "TrainedProbeSweep",
+    "activations",
+    "verify_store",
+]
