@@ -225,6 +225,7 @@ def encode_alone(value: Any, tokenizer: PreTrainedTokenizerBase, options: TextOp
     Raises:
         InvalidInputError: If it has no tokens that count, or cannot be tokenized; without its index, which is not known here.
     """
+    _check_fit(tokenizer, options)
     row = {name: values[0] for name, values in _tokenize_rows([value], tokenizer, options).items()}
     if row["problem"] is not None:
         raise InvalidInputError(row["problem"])
