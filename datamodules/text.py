@@ -220,11 +220,7 @@ class TextDataModule(pl.LightningDataModule):
             "dataset": self.tokens.content_hash,
             "n_samples": len(self.tokens),
             "tokenizer": tokenizer_hash(self.tokenizer),
-            **{
-                name: value
-                for name, value in asdict(self.text).items()
-                if name not in ("text_column", "messages_column", "on_empty")
-            },
+            **self.text.identity(),
             **asdict(self.plan_options),
         }
 
