@@ -41,7 +41,7 @@ EMPTY = "is empty"
 DATED = "would be rendered with today's date"
 TOO_LONG = re.compile(r"is a conversation of (\d+) tokens, max_length is \d+")
 NAMES = ("text_column", "messages_column", "on_empty")  # of TextOptions: what decides no token of a sample that is kept
-LATER = ("chat_template_kwargs",)  # came when there were runs already; at its default it is not in the identity
+LATER = ("chat_template_kwargs", "skip_first")  # came when there were runs already; at its default none is in the identity
 CHOICES = {"token_mask": ("content", "assistant", "all"), "truncation_side": ("left", "right"), "on_empty": ("error", "skip")}
 
 
@@ -60,6 +60,8 @@ class TextOptions:
         add_special_tokens: Whether the tokenizer adds its own special tokens (BOS, [CLS], …). A chat template always does.
         token_mask: Which tokens poolings count. "content": all but special tokens; "assistant": those that the chat template
             marks as the assistant's (it needs {% generation %} blocks for that); "all": every token.
+        skip_first: So many tokens at the beginning of each sample, special ones included, are not content: where the tokenizer adds
+            no BOS, the first one takes its place as an attention sink. A sample that has no others counts as empty.
         max_length: Longer texts are cut to so many tokens, special tokens included; None cuts nothing. Longer conversations are
             refused: with an end, what the chat template says there would be cut off.
         truncation_side: Which end of a text is cut off. The special tokens that the tokenizer adds stay, at both.
@@ -73,6 +75,7 @@ class TextOptions:
     chat_template_kwargs: Mapping[str, Any] | None = None
     add_special_tokens: bool = True
     token_mask: Literal["content", "assistant", "all"] = "content"
+    skip_first: int = 0
     max_length: int | None = None
     truncation_side: Literal["left", "right"] = "right"
     on_empty: Literal["error", "skip"] = "error"
@@ -86,6 +89,11 @@ class TextOptions:
             raise InvalidInputError("token_mask='assistant' needs a messages_column: plain texts have no assistant")
         if self.max_length is not None and self.max_length < 1:
             raise InvalidInputError(f"max_length must be at least 1, got {self.max_length}")
+        if self.skip_first < 0 or (self.skip_first and self.token_mask != "content"):
+            raise InvalidInputError(
+                f"skip_first must be at least 0, and with token_mask={self.token_mask!r} 0, got {self.skip_first}: it says which "
+                "tokens are content"
+            )
         object.__setattr__(self, "chat_template_kwargs", plain_arguments(self.chat_template_kwargs))
         if self.chat_template_kwargs is not None and self.messages_column is None:
             raise InvalidInputError("chat_template_kwargs needs a messages_column: plain texts have no chat template")
@@ -350,10 +358,12 @@ def _tokenize_rows(values: list[Any], tokenizer: PreTrainedTokenizerBase, option
             sample = next(encoded)
             if isinstance(sample, str):
                 problem = sample
-            elif any(sample[1]):
+            elif any(sample[1][options.skip_first :]):
                 ids, mask, truncated = sample
+                mask = [False] * options.skip_first + mask[options.skip_first :]
             else:
-                problem = f"{EMPTY}: none of its {len(sample[0])} tokens counts with token_mask={options.token_mask!r}"
+                skipping = f" and skip_first={options.skip_first}" if options.skip_first else ""
+                problem = f"{EMPTY}: none of its {len(sample[0])} tokens counts with token_mask={options.token_mask!r}{skipping}"
         out["input_ids"].append(ids)
         out["token_mask"].append(mask)
         out["token_hash"].append(hash_of_ids(ids))

@@ -120,6 +120,34 @@ def test_content_is_all_but_special_tokens_and_unknown_words_are_content(word_to
     assert rows_of(table) == [([CLS, 5, UNK, 6, 4, 7, SEP], [False, True, True, True, False, True, False])]
 
 
+@pytest.mark.parametrize("skip", [0, 1, 2])
+def test_the_first_tokens_of_each_sample_are_no_content_where_that_is_asked_for(byte_tokenizer, word_tokenizer, skip):
+    texts = ["the cat sat", "the end of the tale", "on the mat"]
+    for tokenizer in (byte_tokenizer, word_tokenizer):
+        whole, table = table_of(texts, tokenizer), table_of(texts, tokenizer, skip_first=skip)
+        assert ids_of(table) == ids_of(whole) == [tokenizer(text)["input_ids"] for text in texts]
+        expected = [[counts and place >= skip for place, counts in enumerate(mask)] for mask in masks_of(whole)]
+        assert masks_of(table) == expected
+        assert (table.content_hash == whole.content_hash) == (expected == masks_of(whole))
+        assert encode_alone(texts[0], tokenizer, TextOptions(skip_first=skip)).token_mask.tolist() == expected[0]
+
+
+def test_a_sample_of_which_nothing_is_left_is_empty(word_tokenizer):
+    with pytest.raises(
+        InvalidInputError, match=r"sample 1 is empty: none of its 3 tokens .*'content' and skip_first=2.*--on-empty"
+    ):
+        table_of(["a b", "a", "c d"], word_tokenizer, skip_first=2)
+    table = table_of(["a b", "a", "c d"], word_tokenizer, skip_first=2, on_empty="skip")
+    assert table.skipped == [1] and masks_of(table) == [[False, False, True, False]] * 2
+
+
+def test_an_option_that_came_later_is_in_the_identity_only_where_it_is_given():
+    assert "skip_first" not in TextOptions().identity()
+    for options in (TextOptions(), TextOptions(skip_first=1, max_length=9)):
+        assert TextOptions.of_identity({**options.identity(), "model": "another field"}) == options
+    assert TextOptions(skip_first=1).identity() != TextOptions().identity()
+
+
 def test_all_counts_every_token(word_tokenizer):
     assert masks_of(table_of(["a b"], word_tokenizer, token_mask="all")) == [[True] * 4]
 
@@ -270,6 +298,8 @@ def test_a_column_that_is_missing_is_refused_with_those_that_there_are(word_toke
         ({"token_mask": "contents"}, "token_mask must be one of content, assistant, all, got 'contents'"),
         ({"truncation_side": "both"}, "truncation_side must be one of left, right"),
         ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs needs a messages_column"),
+        ({"skip_first": -1}, "skip_first must be at least 0"),
+        ({"skip_first": 1, "token_mask": "all"}, "with token_mask='all' 0, got 1"),
         ({"on_empty": "ignore"}, "on_empty must be one of error, skip"),
     ],
 )

@@ -127,6 +127,8 @@ def bos_tokenizer(n_words=40):
     [
         (TextOptions(), slice(1, None)),
         (TextOptions(token_mask="all"), slice(0, None)),
+        (TextOptions(add_special_tokens=False), slice(0, None)),
+        (TextOptions(add_special_tokens=False, template="w1 {text}", skip_first=1), slice(1, None)),
         (TextOptions(template="w1 {text} w2", max_length=5), slice(1, 5)),
     ],
 )
@@ -150,8 +152,10 @@ def test_one_text_pools_the_tokens_that_the_store_and_the_untouched_model_pool_w
         for pooling in poolings:
             expected = store.pooled("resid_post.1", pooling)[number]
             assert torch.allclose(live[f"resid_post.1/{pooling}"][0], torch.as_tensor(expected), rtol=1e-5, atol=1e-6), pooling
-        whole = text if options.template is None else f"w1 {text} w2"
-        ids = bos_tokenizer()(whole, return_tensors="pt")["input_ids"][:, : options.max_length]
+        whole = (options.template or "{text}").replace("{text}", text)
+        ids = bos_tokenizer()(whole, return_tensors="pt", add_special_tokens=options.add_special_tokens)["input_ids"][
+            :, : options.max_length
+        ]
         assert batch.input_ids.tolist() == ids.tolist()
         assert batch.token_mask.any()
         states = untouched(ids, output_hidden_states=True).hidden_states[2][0, counted].double()

@@ -228,6 +228,7 @@ RUNS = {
     "template and cut": ("texts.jsonl", {"template": "w5 {text} w6", "max_length": 9, "truncation_side": "left"}, {}),
     "messages": ("talks.jsonl", {"messages_column": "chat", "token_mask": "assistant", "add_generation_prompt": True}, {}),
     "messages and a variable": ("talks.jsonl", {"messages_column": "chat", "chat_template_kwargs": {"tone": "w9"}}, {}),
+    "without the first token": ("texts.jsonl", {"skip_first": 1}, {}),
     "the first samples": ("texts.jsonl", {"add_special_tokens": False, "token_mask": "all"}, {"num_samples": 7}),
     "chosen samples and columns": ("texts.jsonl", {}, {"num_samples": 7, "sample_seed": 3, "keep_columns": ["label"]}),
     "no columns": ("texts.jsonl", {}, {"keep_columns": []}),
