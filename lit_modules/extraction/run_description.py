@@ -118,7 +118,6 @@ def data_of(info: RunInfo, elsewhere: Elsewhere) -> TextDataModule:
     dataset = named(elsewhere.dataset or about["dataset"], "dataset", about["dataset_kind"])
     tokenizer = named(elsewhere.tokenizer or about["tokenizer"], "tokenizer", "tokenizer object")
     names = {"text_column": about["text_column"], "messages_column": about["messages_column"], "on_empty": about["on_empty"]}
-    recorded = {f.name: identity[f.name] for f in fields(TextOptions) if f.name not in names}
     return TextDataModule(
         dataset,
         tokenizer,
@@ -129,7 +128,7 @@ def data_of(info: RunInfo, elsewhere: Elsewhere) -> TextDataModule:
         keep_columns=about["keep_columns"],
         num_samples=about["num_samples"],
         sample_seed=about["sample_seed"],
-        text=TextOptions(**recorded, **names),
+        text=TextOptions.of_identity(identity, **names),
         plan_options=PlanOptions(**{f.name: identity[f.name] for f in fields(PlanOptions)}),
     )
 

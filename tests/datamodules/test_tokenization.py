@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from exactivations.datamodules.tokenization import TextOptions, TokenTable, tokenize, tokenizer_hash
+from exactivations.datamodules.tokenization import TextOptions, TokenTable, encode_alone, tokenize, tokenizer_hash
 from exactivations.store.errors import InvalidInputError
 from exactivations.store.token_hash import hash_of_ids
 from tests.datamodules.conftest import MARKING_TEMPLATE, PLAIN_TEMPLATE, WORDS, make_word_tokenizer
@@ -120,6 +120,34 @@ def test_content_is_all_but_special_tokens_and_unknown_words_are_content(word_to
     assert rows_of(table) == [([CLS, 5, UNK, 6, 4, 7, SEP], [False, True, True, True, False, True, False])]
 
 
+@pytest.mark.parametrize("skip", [0, 1, 2])
+def test_the_first_tokens_of_each_sample_are_no_content_where_that_is_asked_for(byte_tokenizer, word_tokenizer, skip):
+    texts = ["the cat sat", "the end of the tale", "on the mat"]
+    for tokenizer in (byte_tokenizer, word_tokenizer):
+        whole, table = table_of(texts, tokenizer), table_of(texts, tokenizer, skip_first=skip)
+        assert ids_of(table) == ids_of(whole) == [tokenizer(text)["input_ids"] for text in texts]
+        expected = [[counts and place >= skip for place, counts in enumerate(mask)] for mask in masks_of(whole)]
+        assert masks_of(table) == expected
+        assert (table.content_hash == whole.content_hash) == (expected == masks_of(whole))
+        assert encode_alone(texts[0], tokenizer, TextOptions(skip_first=skip)).token_mask.tolist() == expected[0]
+
+
+def test_a_sample_of_which_nothing_is_left_is_empty(word_tokenizer):
+    with pytest.raises(
+        InvalidInputError, match=r"sample 1 is empty: none of its 3 tokens .*'content' and skip_first=2.*--on-empty"
+    ):
+        table_of(["a b", "a", "c d"], word_tokenizer, skip_first=2)
+    table = table_of(["a b", "a", "c d"], word_tokenizer, skip_first=2, on_empty="skip")
+    assert table.skipped == [1] and masks_of(table) == [[False, False, True, False]] * 2
+
+
+def test_an_option_that_came_later_is_in_the_identity_only_where_it_is_given():
+    assert "skip_first" not in TextOptions().identity()
+    for options in (TextOptions(), TextOptions(skip_first=1, max_length=9)):
+        assert TextOptions.of_identity({**options.identity(), "model": "another field"}) == options
+    assert TextOptions(skip_first=1).identity() != TextOptions().identity()
+
+
 def test_all_counts_every_token(word_tokenizer):
     assert masks_of(table_of(["a b"], word_tokenizer, token_mask="all")) == [[True] * 4]
 
@@ -159,14 +187,25 @@ def test_a_generation_prompt_is_added_when_asked_for(word_tokenizer):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_chat_and_its_mask_are_cut_together(word_tokenizer, side):
+@pytest.mark.parametrize("prompted", [True, False])
+def test_a_conversation_that_would_be_cut_is_refused_by_its_index_with_a_length_that_does(word_tokenizer, side, prompted):
     word_tokenizer.chat_template = MARKING_TEMPLATE
-    whole = table_of_chats(CHATS, word_tokenizer, token_mask="assistant")
-    cut = table_of_chats(CHATS, word_tokenizer, token_mask="assistant", max_length=10, truncation_side=side)
-    kept = slice(0, 10) if side == "right" else slice(2, 12)
-    assert rows_of(cut)[0] == (rows_of(whole)[0][0][kept], rows_of(whole)[0][1][kept])
-    assert rows_of(cut)[1] == rows_of(whole)[1]
-    assert cut.truncated.tolist() == [True, False]
+    options = {"add_generation_prompt": prompted, "truncation_side": side}
+    whole = [word_tokenizer.apply_chat_template(chat, add_generation_prompt=prompted)["input_ids"] for chat in CHATS]
+    lengths = list(map(len, whole))
+    assert lengths == [15, 8] if prompted else [12, 5]
+    told = f"sample 0 is a conversation of {lengths[0]} tokens, max_length is {lengths[0] - 1}. A conversation is not cut: "
+    told += f".* Pass --max-length {lengths[0]} or more, or leave long conversations out"
+    with pytest.raises(InvalidInputError, match=told) as error:
+        table_of_chats(CHATS, word_tokenizer, max_length=lengths[0] - 1, **options)
+    assert "sample 1" not in str(error.value)
+    with pytest.raises(InvalidInputError, match=f"^is a conversation of {lengths[0]} tokens, .* --max-length {lengths[0]} or more"):
+        encode_alone(CHATS[0], word_tokenizer, TextOptions(messages_column="m", max_length=7, **options))
+    with pytest.raises(InvalidInputError, match="sample 1 is a conversation of"):  # not taken for an empty one
+        table_of_chats([[], CHATS[0]], word_tokenizer, max_length=7, on_empty="skip", **options)
+    table = table_of_chats(CHATS, word_tokenizer, max_length=lengths[0], **options)
+    assert ids_of(table) == whole
+    assert not table.truncated.any()
 
 
 def test_a_conversation_without_an_assistant_counts_as_empty(word_tokenizer):
@@ -258,6 +297,9 @@ def test_a_column_that_is_missing_is_refused_with_those_that_there_are(word_toke
         ({"template": "{text}", "messages_column": "m"}, "give one of the two"),
         ({"token_mask": "contents"}, "token_mask must be one of content, assistant, all, got 'contents'"),
         ({"truncation_side": "both"}, "truncation_side must be one of left, right"),
+        ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs needs a messages_column"),
+        ({"skip_first": -1}, "skip_first must be at least 0"),
+        ({"skip_first": 1, "token_mask": "all"}, "with token_mask='all' 0, got 1"),
         ({"on_empty": "ignore"}, "on_empty must be one of error, skip"),
     ],
 )

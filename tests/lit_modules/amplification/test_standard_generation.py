@@ -12,7 +12,7 @@ from exactivations.store.errors import InvalidInputError
 from tests.lit_modules.pairs import FAMILIES, pair
 
 PROMPTS = torch.tensor([[7, 33, 8, 91, 14], [44, 12, 70, 9, 31], [60, 60, 23, 8, 77]])
-BATCH = dataclasses.replace(TokenBatch.of(PROMPTS), sample_index=torch.tensor([4, 900, 17]))
+BATCH = dataclasses.replace(TokenBatch.of(PROMPTS, token_mask="all"), sample_index=torch.tensor([4, 900, 17]))
 OPTIONS = AmplifyOptions(alphas=(0.0,), rollouts=1, max_new_tokens=10, temperature=0.0, scores=True)
 
 
@@ -53,7 +53,7 @@ def test_the_share_of_each_first_token_is_that_of_alpha_0():
     options = dataclasses.replace(OPTIONS, temperature=1.0, top_p=0.9, rollouts=n, max_new_tokens=1, max_rows=4 * n, scores=False)
     counts = []
     for kind in (LogitDiffAmplifier, StandardGeneration):
-        out = kind(*models, options)(TokenBatch.of(PROMPTS[:1]))
+        out = kind(*models, options)(TokenBatch.of(PROMPTS[:1], token_mask="all"))
         counts.append(out.token_ids.bincount(minlength=99).double())
     expected = models[0](input_ids=PROMPTS[:1]).logits[0, -1].softmax(0)
     likely = expected > 0.02

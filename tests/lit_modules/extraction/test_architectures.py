@@ -42,7 +42,7 @@ def model_of(family):
 def test_states_are_the_models_own_hidden_states(family):
     model = model_of(family)
     names = [name for name in dissect(model).names() if not name.startswith(("attn_out", "mlp_out"))]
-    got = ActivationExtractor(model, names, ["tokens"])(TokenBatch.of(IDS)).activations
+    got = ActivationExtractor(model, names, ["tokens"])(TokenBatch.of(IDS, token_mask="all")).activations
     with torch.no_grad():
         states = model(IDS, output_hidden_states=True).hidden_states
     torch.testing.assert_close(got["embed/tokens"], states[0][0])
@@ -70,7 +70,9 @@ def test_what_attention_and_mlp_put_out_does_not_hold_the_residual(family, kind)
                 module.weight.zero_()
                 if module.bias is not None:
                     module.bias.zero_()
-    got = ActivationExtractor(model, [f"{kind}.1"], ["tokens"])(TokenBatch.of(IDS)).activations[f"{kind}.1/tokens"]
+    got = ActivationExtractor(model, [f"{kind}.1"], ["tokens"])(TokenBatch.of(IDS, token_mask="all")).activations[
+        f"{kind}.1/tokens"
+    ]
     assert got.abs().max() == 0
 
 
@@ -81,7 +83,7 @@ def test_layers_of_different_kinds_are_told_apart():
     )  # fmt: skip
     model = t.AutoModel.from_config(config).train(False)
     assert [name for name in dissect(model).names() if name.startswith("attn")] == ["attn_out.1"]
-    ActivationExtractor(model, ["attn_out.1"], ["mean"])(TokenBatch.of(IDS))
+    ActivationExtractor(model, ["attn_out.1"], ["mean"])(TokenBatch.of(IDS, token_mask="all"))
     with pytest.raises(InvalidInputError, match=r"no attention module in JambaMambaDecoderLayer \(layers 0, 2\)"):
         ActivationExtractor(model, ["attn_out.0"], ["mean"]).load()
 

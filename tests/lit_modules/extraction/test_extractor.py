@@ -144,7 +144,7 @@ def test_a_model_loaded_by_path_and_cut_gives_what_the_whole_model_gives(family,
     tiny_model(family).save_pretrained(tmp_path)
     whole = transformers.AutoModel.from_pretrained(tmp_path)
     extractor = ActivationExtractor(str(tmp_path), ["resid_post.1", "resid_post.0"], ["tokens"])
-    got = extractor(TokenBatch.of(samples[0][0][None]))
+    got = extractor(TokenBatch.of(samples[0][0][None], token_mask="all"))
     assert list(got.activations) == ["resid_post.1/tokens", "resid_post.0/tokens"]
     expected = oracle_states(whole, samples[0][0], dissect(whole).names())
     for layer in (0, 1):
@@ -156,7 +156,7 @@ def test_a_model_loaded_by_path_and_cut_gives_what_the_whole_model_gives(family,
 def test_last_block_is_before_the_final_norm_and_final_norm_after_it():
     model = tiny_model("llama")
     ids = torch.randint(5, 99, (2, 6))
-    got = ActivationExtractor(model, ["resid_post.2", "final_norm"], ["tokens"])(TokenBatch.of(ids)).activations
+    got = ActivationExtractor(model, ["resid_post.2", "final_norm"], ["tokens"])(TokenBatch.of(ids, token_mask="all")).activations
     with torch.no_grad():
         final = model(ids).last_hidden_state.flatten(0, 1)
         renormed = model.norm(got["resid_post.2/tokens"])
@@ -181,7 +181,7 @@ def test_nothing_after_the_deepest_hook_point_is_computed_and_no_mask_is_made(sa
     extractor = ActivationExtractor(model, ["mlp_out.1"], ["mean"])
     extractor.load()
     ran.clear(), masks.clear()
-    extractor(TokenBatch.of(samples[0][0][None]))
+    extractor(TokenBatch.of(samples[0][0][None], token_mask="all"))
     assert ran == [0, 1]
     assert masks == [None, None]
 
@@ -191,7 +191,7 @@ def test_the_callers_model_is_left_as_it_was(samples):
     model.h[1].train(False)
     modes = [module.training for module in model.modules()]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    ActivationExtractor(model, ["resid_post.0"], ["last"])(TokenBatch.of(samples[0][0][None]))
+    ActivationExtractor(model, ["resid_post.0"], ["last"])(TokenBatch.of(samples[0][0][None], token_mask="all"))
     assert [module.training for module in model.modules()] == modes
     assert len(model.h) == 3
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -203,7 +203,7 @@ def test_dropout_is_off_even_if_the_callers_model_trains(samples):
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.5)
     extractor = ActivationExtractor(transformers.AutoModel.from_config(config).train(True), ["resid_post.1"], ["mean"])
-    batch = TokenBatch.of(samples[0][0][None])
+    batch = TokenBatch.of(samples[0][0][None], token_mask="all")
     assert torch.equal(extractor(batch).activations["resid_post.1/mean"], extractor(batch).activations["resid_post.1/mean"])
 
 
@@ -213,7 +213,7 @@ def test_hooks_are_gone_after_an_error_in_the_forward_pass(samples):
     extractor.load()
     broken = model.layers[1].register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        extractor(TokenBatch.of(samples[0][0][None]))
+        extractor(TokenBatch.of(samples[0][0][None], token_mask="all"))
     broken.remove()
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -222,17 +222,19 @@ def test_a_model_with_a_head_is_read_without_running_the_head(samples):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"])
     model.lm_head.register_forward_hook(lambda *_: pytest.fail("the head ran"))
-    ActivationExtractor(model, ["final_norm"], ["last"])(TokenBatch.of(samples[0][0][None]))
+    ActivationExtractor(model, ["final_norm"], ["last"])(TokenBatch.of(samples[0][0][None], token_mask="all"))
 
 
 def test_any_module_can_be_read_by_its_path(samples):
     model = tiny_model("llama")
-    got = ActivationExtractor(model, ["module:layers.1.mlp.up_proj"], ["tokens"])(TokenBatch.of(samples[0][0][None]))
+    got = ActivationExtractor(model, ["module:layers.1.mlp.up_proj"], ["tokens"])(
+        TokenBatch.of(samples[0][0][None], token_mask="all")
+    )
     assert got.activations["module:layers.1.mlp.up_proj/tokens"].shape == (LENGTHS[0], 48)
 
 
 def test_activations_are_in_the_models_dtype_or_the_one_asked_for(samples):
-    batch = TokenBatch.of(samples[0][0][None])
+    batch = TokenBatch.of(samples[0][0][None], token_mask="all")
     model = in_dtype(tiny_model("llama"), torch.bfloat16)
     for asked, expected in [(None, torch.bfloat16), ("float32", torch.float32)]:
         got = ActivationExtractor(model, ["resid_post.0"], ["tokens", "mean"], store_dtype=asked)(batch).activations
@@ -249,7 +251,7 @@ def test_half_precision_buffers_that_must_stay_float32_do(tmp_path):
 
 
 def test_activations_may_be_trained_on(samples):
-    got = ActivationExtractor(tiny_model("llama"), ["resid_post.0"], ["mean"])(TokenBatch.of(samples[0][0][None]))
+    got = ActivationExtractor(tiny_model("llama"), ["resid_post.0"], ["mean"])(TokenBatch.of(samples[0][0][None], token_mask="all"))
     weight = torch.zeros(32, requires_grad=True)
     (got.activations["resid_post.0/mean"] @ weight).sum().backward()
     assert weight.grad is not None
@@ -366,9 +368,9 @@ def test_samples_longer_than_the_positions_are_refused_unless_cut(cache):
 
 def test_roberta_takes_as_many_tokens_as_it_is_said_to():
     model = tiny_model("roberta")
-    ActivationExtractor(model, ["resid_post.0"], ["mean"])(TokenBatch.of(torch.full((1, 64), 7)))
+    ActivationExtractor(model, ["resid_post.0"], ["mean"])(TokenBatch.of(torch.full((1, 64), 7), token_mask="all"))
     with pytest.raises((IndexError, RuntimeError)):
-        ActivationExtractor(model, ["resid_post.0"], ["mean"])(TokenBatch.of(torch.full((1, 65), 7)))
+        ActivationExtractor(model, ["resid_post.0"], ["mean"])(TokenBatch.of(torch.full((1, 65), 7), token_mask="all"))
 
 
 def test_ids_outside_the_models_vocabulary_are_refused(cache):

@@ -5,17 +5,21 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Model
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import GPT2Model, PreTrainedTokenizerFast
 
 from exactivations.callbacks import ActivationWriter
 from exactivations.datamodules.activations import ActivationDataModule
 from exactivations.datamodules.plan import PlanOptions
 from exactivations.datamodules.text import TextDataModule
+from exactivations.datamodules.tokenization import TextOptions
 from exactivations.lit_modules.extraction.extractor import ActivationExtractor
 from exactivations.lit_modules.extraction.live_activations import LiveActivations, live_batches
 from exactivations.store.activation_store import ActivationStore
+from exactivations.store.batches import TokenBatch
 from exactivations.store.errors import InvalidInputError, NotFiniteError
 from tests.lit_modules.probe_stores import run, save_model, texts_of
+from tests.lit_modules.tiny_models import tiny_model
 
 POINTS, POOLINGS = ["embed", "resid_post.1"], ["mean", "last", "tokens"]
 
@@ -107,3 +111,76 @@ def test_what_the_model_cannot_take_is_refused_with_its_sample(model, tmp_path):
     live = LiveActivations(ActivationExtractor(spoilt, POINTS, POOLINGS), TextDataModule(["w1 w2", "w3", "w2 w7 w1"], model))
     with pytest.raises(NotFiniteError, match=r"^sample 2: embed/"):
         live.rows("embed/mean", np.array([0]))
+
+
+def bos_tokenizer(n_words=40):
+    """Llama-like: BOS before each text, nothing after it."""
+    words = {f"w{i}": i for i in range(n_words)} | {"<s>": n_words, "<unk>": n_words + 1}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", n_words)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize(
+    ("options", "counted"),
+    [
+        (TextOptions(), slice(1, None)),
+        (TextOptions(token_mask="all"), slice(0, None)),
+        (TextOptions(add_special_tokens=False), slice(0, None)),
+        (TextOptions(add_special_tokens=False, template="w1 {text}", skip_first=1), slice(1, None)),
+        (TextOptions(template="w1 {text} w2", max_length=5), slice(1, 5)),
+    ],
+)
+def test_one_text_pools_the_tokens_that_the_store_and_the_untouched_model_pool_where_the_tokenizer_adds_bos(
+    options, counted, tmp_path
+):
+    texts = ["w3 w4 w5", "w6", "w7 w8 w9 w10"]
+    poolings = ["mean", "first", "max", "last", "exp_decay:0.5"]
+    extractor = ActivationExtractor(tiny_model("llama"), ["resid_post.1"], poolings, cpu_threads=1)
+    data = TextDataModule(texts, bos_tokenizer(), text=options)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, callbacks=[ActivationWriter(tmp_path / "run")], logger=False, use_distributed_sampler=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.predict(extractor, datamodule=data, return_predictions=False)
+    store = ActivationStore(tmp_path / "run", allow_unverified=True)
+    untouched = tiny_model("llama")
+    for number, text in enumerate(texts):
+        batch = TextDataModule(["w0"], bos_tokenizer(), text=options).batch_of(text)  # of data that does not have the text
+        live = extractor(batch).activations
+        for pooling in poolings:
+            expected = store.pooled("resid_post.1", pooling)[number]
+            assert torch.allclose(live[f"resid_post.1/{pooling}"][0], torch.as_tensor(expected), rtol=1e-5, atol=1e-6), pooling
+        whole = (options.template or "{text}").replace("{text}", text)
+        ids = bos_tokenizer()(whole, return_tensors="pt", add_special_tokens=options.add_special_tokens)["input_ids"][
+            :, : options.max_length
+        ]
+        assert batch.input_ids.tolist() == ids.tolist()
+        assert batch.token_mask.any()
+        states = untouched(ids, output_hidden_states=True).hidden_states[2][0, counted].double()
+        assert torch.allclose(live["resid_post.1/mean"][0].double(), states.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_one_text_that_has_no_tokens_that_count_or_is_cut_to_nothing_is_refused():
+    data = TextDataModule(["w1"], bos_tokenizer())
+    with pytest.raises(InvalidInputError, match="the text is empty: none of its 1 tokens counts"):
+        data.batch_of(" ")
+    with pytest.raises(InvalidInputError, match="max_length 1 leaves no room for text"):
+        TextDataModule(["w1"], bos_tokenizer(), text=TextOptions(max_length=1)).batch_of("w1")
+
+
+def test_a_batch_of_ids_alone_has_to_be_told_which_of_them_count():
+    ids = torch.tensor([[40, 1, 2]])
+    with pytest.raises(TypeError, match="token_mask"):
+        TokenBatch.of(ids)
+    for mask, found in [
+        (torch.ones(1, 2, dtype=torch.bool), r"torch.bool \[1, 2\]"),
+        (torch.ones(1, 3), r"torch.float32 \[1, 3\]"),
+    ]:
+        with pytest.raises(InvalidInputError, match=rf"token_mask must be bool \[1, 3\], .*, got {found}"):
+            TokenBatch.of(ids, token_mask=mask)
+    with pytest.raises(InvalidInputError, match="got 'content'"):
+        TokenBatch.of(ids, token_mask="content")
+    assert TokenBatch.of(ids, token_mask="all").token_mask.tolist() == [[True] * 3]
+    assert TokenBatch.of(ids, token_mask=ids != 40).token_mask.tolist() == [[False, True, True]]

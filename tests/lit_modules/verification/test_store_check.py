@@ -198,7 +198,8 @@ def test_an_incomplete_store_and_a_draw_of_nothing_are_refused(folder):
         verify_store(folder.path, *parts())
 
 
-CHAT = "{% for m in messages %}{{ m['role'] }} {% generation %}{{ m['content'] }} {% endgeneration %}{% endfor %}"
+CHAT = "{% if tone is defined %}{{ tone }} {% endif %}"
+CHAT += "{% for m in messages %}{{ m['role'] }} {% generation %}{{ m['content'] }} {% endgeneration %}{% endfor %}"
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +227,8 @@ RUNS = {
     "plain": ("texts.jsonl", {}, {}),
     "template and cut": ("texts.jsonl", {"template": "w5 {text} w6", "max_length": 9, "truncation_side": "left"}, {}),
     "messages": ("talks.jsonl", {"messages_column": "chat", "token_mask": "assistant", "add_generation_prompt": True}, {}),
+    "messages and a variable": ("talks.jsonl", {"messages_column": "chat", "chat_template_kwargs": {"tone": "w9"}}, {}),
+    "without the first token": ("texts.jsonl", {"skip_first": 1}, {}),
     "the first samples": ("texts.jsonl", {"add_special_tokens": False, "token_mask": "all"}, {"num_samples": 7}),
     "chosen samples and columns": ("texts.jsonl", {}, {"num_samples": 7, "sample_seed": 3, "keep_columns": ["label"]}),
     "no columns": ("texts.jsonl", {}, {"keep_columns": []}),
