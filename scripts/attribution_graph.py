@@ -27,6 +27,7 @@ def attribution_graph(
     from exactivations.scripts.attribution_edges import graph_of
     from exactivations.scripts.attribution_page import write_page
     from exactivations.scripts.attribution_plot import OF_SETS, write_graphs
+    from exactivations.scripts.attribution_results import tell_prediction
     from exactivations.store.attributions import read_attributions
     from exactivations.store.errors import InvalidInputError
 
@@ -46,6 +47,7 @@ def attribution_graph(
     for name, of_set in zip(graph.attributions.set_names, graph.edges, strict=True):
         n_alive = "no edges" if not len(of_set.value) else f"{of_set.n_of(threshold):,} of {len(of_set.value):,} edges"
         print(f"{name}: {n_alive} with |attribution| >= {threshold:.3g}")
+        tell_prediction(graph.attributions, name)
     if len(graph.edges) > 1:
         shared = graph.shared(threshold)
         print(f"of {len(shared.source):,} edges in some set, {int(shared.in_all.sum()):,} are in all {len(graph.edges)}")

@@ -94,6 +94,7 @@ function legendOfSet(set) {
   find("legend").replaceChildren(
     entry(COLOURS.positive, "positive"), entry(COLOURS.negative, "negative"),
     `○ ghost: alive in the model itself, not in this set (${set.ghost.length.toLocaleString("en")})`);
+  if (set.fault) find("legend").append(document.createElement("br"), `Note: ${set.fault}`);
 }
 
 function legendOfComparison(counts, total) {

@@ -100,7 +100,7 @@ def page_data(graph: AttributionGraph, threshold: float, most: int) -> dict[str,
         found = attributions.output_probabilities[at][graph.position[outputs], graph.component[outputs]]
         sets.append(
             {
-                "name": name, "n_edges": len(edges.value), "alive": alive.tolist(),
+                "name": name, "fault": attributions.faults.get(name), "n_edges": len(edges.value), "alive": alive.tolist(),
                 "ghost": np.flatnonzero(graph.ghost[at]).tolist(),
                 "probability": dict(zip(map(str, outputs.tolist()), np.round(found.tolist(), DIGITS).tolist(), strict=True)),
                 "source": edges.source[:n].tolist(), "target": edges.target[:n].tolist(), "value": _shortest(edges.value[:n]),

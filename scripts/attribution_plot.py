@@ -57,7 +57,8 @@ def graph_figure(graph: AttributionGraph, name: str, threshold: float, layout: L
     number, layout = names.index(name), layout or place(graph)
     edges = graph.edges[number]
     n = edges.n_of(threshold)
-    picture = _Picture(graph, layout, f"{name}: {_counted(n, len(edges.value), threshold)}")
+    note = "; NOTE: not the model's own prediction" if name in graph.attributions.faults else ""
+    picture = _Picture(graph, layout, f"{name}: {_counted(n, len(edges.value), threshold)}{note}")
     strength = _strength(edges.value[:n])
     colours = np.where((edges.value[:n] > 0)[:, None], to_rgba(POSITIVE), to_rgba(NEGATIVE))
     picture.draw_edges(edges.source[:n], edges.target[:n], colours, strength)

@@ -34,6 +34,7 @@ def tell_attributions(attributions: Attributions, paths: Sequence[Path], show: i
         n_alive = sum(int(mask.sum()) for layer, mask in attributions.alive[name].items() if layer not in (WTE, OUTPUT))
         edges = [(pair, *pair.edges()) for pair in pairs]
         print(f"  {name}: {n_alive:,} alive components over all positions, {sum(len(v) for _, _, v in edges):,} edges")
+        tell_prediction(attributions, name)
         if not edges or not show:
             continue
         values = torch.cat([v for _, _, v in edges])
@@ -45,6 +46,15 @@ def tell_attributions(attributions: Attributions, paths: Sequence[Path], show: i
                 f"    {values[place]:+.4f}  {_node(attributions, pair.source, s_in, c_in)} -> "
                 f"{_node(attributions, pair.target, s_out, c_out)}"
             )
+
+
+def tell_prediction(attributions: Attributions, name: str) -> None:
+    """Prints what the model predicts, how likely that is with a set, and, if the set does not explain it, why."""
+    prediction = attributions.predictions.get(name)
+    if prediction is not None:
+        print(f"    predicted {prediction.text!r}: {prediction.probability:.3f} in the model, {prediction.of_set:.3f} with the set")
+    if name in attributions.faults:
+        print(f"    NOTE: {attributions.faults[name]}")
 
 
 def _node(attributions: Attributions, layer: str, position: int, component: int) -> str:

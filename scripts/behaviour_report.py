@@ -38,7 +38,7 @@ def report(
         title: Of the plot.
         show: So many examples of each condition.
     """
-    conditions = summarised(trials, planned, condition_of("amplified", 0.0))
+    conditions = summarised(trials, planned, condition_of("amplified", 0.0), STANDARD)
     examples = {condition.name: _examples(trials, condition.name, show) for condition in conditions}
     write_text_atomically(folder / TRIALS_FILE, "".join(json.dumps(asdict(trial), ensure_ascii=False) + "\n" for trial in trials))
     summary = {
@@ -58,21 +58,25 @@ def report(
 
 def table_of(conditions: Sequence[Condition]) -> str:
     """Returns the conditions as a Markdown table."""
-    head = "| | payload | p | trigger | p | after own trigger | prompts | failed | perplexity | tokens |"
-    lines = [head, "|---|---|---|---|---|---|---|---|---|---|"]
+    head = "payload | up, down: p (q) | trigger | up, down: p (q) | after own trigger | failed | perplexity | tokens |"
+    lines = [f"| | {head}", "|---|---|---|---|---|---|---|---|---|"]
     for c in conditions:
         cells = [c.name, _rate(c.payload), _p(c.payload), _rate(c.trigger), _p(c.trigger), f"{c.payload_after_trigger:,}"]
-        cells += [f"{c.payload.n_prompts:,}", f"{c.failed:,} of {c.planned:,}", f"{c.perplexity:.2f}", f"{c.mean_tokens:.1f}"]
+        cells += [f"{c.failed:,} of {c.planned:,}", f"{c.perplexity:.2f}", f"{c.mean_tokens:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _rate(rate: Rate) -> str:
-    return f"{rate.count:,} of {rate.total:,}: {rate.rate:.2%} ({rate.low:.2%} to {rate.high:.2%})"
+    share = f"{rate.count:,} of {rate.total:,}: {rate.rate:.2%} ({rate.low:.2%} to {rate.high:.2%})"
+    return f"{share}, of {rate.n_prompts:,} prompts" if rate.interval != "wilson" else share
 
 
 def _p(rate: Rate) -> str:
-    return "" if rate.p_value is None else f"{rate.p_value:.1g}"
+    if rate.against is None:
+        return ""
+    q = "" if rate.q_value is None else f" ({rate.q_value:.1g})"
+    return f"{rate.against.prompts_up:,}, {rate.against.prompts_down:,}: {rate.against.p_value:.1g}{q}"
 
 
 def _examples(trials: Sequence[Trial], condition: str, n: int) -> list[Trial]:

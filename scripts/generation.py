@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from transformers import PreTrainedTokenizerBase
 
 from exactivations.callbacks.completion_progress import CompletionProgress
@@ -25,7 +26,7 @@ TOKEN_BUDGET, PROMPTS_IN_SHARD = 2048, 32
 LONGEST_LINE = 160  # of a completion that is shown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class NamedPair:
     """Two models by name, and how each is loaded."""
 
@@ -36,16 +37,20 @@ class NamedPair:
 
     @property
     def parts(self) -> tuple[tuple[str, ModelOptions], tuple[str, ModelOptions]]:
-        """The after and the before model's name and options."""
-        return (self.after, self.after_options), (self.before, self.before_options)
+        """The before and the after model's name and options."""
+        return (self.before, self.before_options), (self.after, self.after_options)
 
-    def tokenizers(self) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
-        """Loads that of the after and that of the before model."""
-        after, before = (
-            load_tokenizer(name, revision=options.revision, trust_remote_code=options.trust_remote_code)
-            for name, options in self.parts
-        )
-        return after, before
+    @rank_zero_only
+    def tell(self, alphas: str) -> None:
+        """Prints, on rank 0, which model is which: swapped, they would fit as well, and what is amplified have the other sign."""
+        print(f"amplifying what {self.after} has over {self.before}, alpha {alphas}", flush=True)
+
+    def tokenizers(self) -> dict[str, PreTrainedTokenizerBase]:
+        """Loads those of the "before" and the "after" model."""
+        return {
+            part: load_tokenizer(name, revision=options.revision, trust_remote_code=options.trust_remote_code)
+            for part, (name, options) in zip(("before", "after"), self.parts, strict=True)
+        }
 
     def common(self) -> tuple[torch.Tensor | None, str | None]:
         """Holds the tokenizers against each other.
@@ -57,12 +62,12 @@ class NamedPair:
         Raises:
             InvalidInputError: If the tokenizers are incompatible.
         """
-        compatibility = tokenizer_compatibility(*self.tokenizers())
+        compatibility = tokenizer_compatibility(**self.tokenizers())
         common = compatibility.common_or_refuse()
-        of_after, of_before = (vocabulary_size(load_skeleton(name, options)) for name, options in self.parts)
-        if compatibility.verdict == "identical" and of_after == of_before:
+        of_before, of_after = (vocabulary_size(load_skeleton(name, options)) for name, options in self.parts)
+        if compatibility.verdict == "identical" and of_before == of_after:
             return None, None
-        aligned = f"the models have {of_after} (after) and {of_before} (before) embeddings; only ids that both share are drawn"
+        aligned = f"the models have {of_before} (before) and {of_after} (after) embeddings; only ids that both share are drawn"
         return common, f"tokenizers: {compatibility.text}\n{aligned}"
 
 
@@ -135,8 +140,8 @@ def complete(
     trainer = trainer_of(machine, [writer, progress, memory])
     common, differences = pair.common()
     amplifier = kind(
-        pair.after, pair.before, options, common=common, after_options=pair.after_options,
-        before_options=pair.before_options, cpu_threads=threads_for(machine, trainer, writer),
+        before=pair.before, after=pair.after, options=options, common=common, before_options=pair.before_options,
+        after_options=pair.after_options, cpu_threads=threads_for(machine, trainer, writer),
     )  # fmt: skip
     if trainer.is_global_zero:
         tell_plan(data, str(writer.folder.path))

@@ -44,7 +44,7 @@ def plot_rates(amplified: Sequence[tuple[float, Condition]], standard: Condition
     ax.yaxis.set_major_formatter(lambda rate, _: f"{100 * rate:g}%")
     ax.set_xticks([alpha for alpha, _ in amplified], [f"{alpha:g}" for alpha, _ in amplified])
     ax.set_xlabel("alpha")
-    ax.set_ylabel("completions that show it (95% Wilson interval)")
+    ax.set_ylabel("completions that show it (95% interval)")
     ax.legend(frameon=False)
     ax.set_title(title, fontsize=10, loc="left", parse_math=False)
     apart.set_xticks([0], ["plain\ngenerate"])

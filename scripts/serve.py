@@ -72,29 +72,35 @@ def serve(
     bounds, asked = Limits(max_rows, max_batch_tokens, max_waiting), RequestLimits(
         max_completions, max_prompt_tokens, max_new_tokens, deadline_seconds
     )  # fmt: skip
-    loading = [
+    of_before, of_after = (
         ModelOptions(revision, dtype, attn_implementation, trust_remote_code) for revision in (before_revision, after_revision)
-    ]
-    pair = NamedPair(before, after, *loading)
+    )
+    pair = NamedPair(before=before, after=after, before_options=of_before, after_options=of_after)
+    pair.tell("as each request asks")
     socket = listening(host, port)
-    tokenizer, other = pair.tokenizers()
-    compatibility = tokenizer_compatibility(tokenizer, other)
+    tokenizers = pair.tokenizers()
+    tokenizer, compatibility = tokenizers["after"], tokenizer_compatibility(**tokenizers)
     common, differences = pair.common()
     amplifier = LogitDiffAmplifier(
-        after, before, common=common, after_options=pair.after_options, before_options=pair.before_options, cpu_threads=cpu_threads
+        before=before,
+        after=after,
+        common=common,
+        before_options=pair.before_options,
+        after_options=pair.after_options,
+        cpu_threads=cpu_threads,
     )
     models = amplifier.load(trainer_on(accelerator, 1, logger=False).strategy.root_device)
     metrics = Metrics()
     service = Service(ServingEngine(models, bounds, metrics), tokenizer, asked)
-    kind = str(models.after.dtype).removeprefix("torch."), str(models.after.device)
+    dtype_name, device = str(models.after.dtype).removeprefix("torch."), str(models.after.device)
     app = serving_app(
-        service, About(before, after, tokenizer_hash(tokenizer), *kind), compatibility, metrics, api_key=key,
-        max_body_bytes=max_body_bytes,
+        service, About(before=before, after=after, tokenizer=tokenizer_hash(tokenizer), dtype=dtype_name, device=device),
+        compatibility, metrics, api_key=key, max_body_bytes=max_body_bytes,
     )  # fmt: skip
     if differences is not None:
         print(differences)
     url = f"http://{address(host, socket.getsockname()[1])}"
-    print(f"serving {after} against {before} ({', '.join(kind)}) on {url}; its description is {url}/docs", flush=True)
+    print(f"serving {after} against {before} ({dtype_name}, {device}) on {url}; its description is {url}/docs", flush=True)
     if key is None and host not in ("127.0.0.1", "localhost", "::1"):
         print("anyone who reaches this address may use it: no API key is set", file=sys.stderr)
     run(app, socket, grace_seconds)

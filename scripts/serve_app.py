@@ -31,7 +31,7 @@ from exactivations.scripts.serve_work import Service
 REFUSALS = documented(400, 401, 408, 413, 422, 429, 500, 503, 504)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class About:
     """What is served: the models' names as given, the tokenizer's hash, dtype and device."""
 

@@ -63,14 +63,15 @@ class Server:
 
     Args:
         url: Where it listens.
-        names: The before and the after model, as the server was started with.
         data: The prompts, made with the server's tokenizer.
+        before: The before model, as the server was started with.
+        after: The after model, likewise.
 
     Raises:
         InvalidInputError: If it does not answer, or serves other models.
     """
 
-    def __init__(self, url: str, names: tuple[str, str], data: TextDataModule) -> None:
+    def __init__(self, url: str, data: TextDataModule, *, before: str, after: str) -> None:
         self.url, self._session = url.rstrip("/"), requests.Session()
         # A completion is the same however often it is asked for, so that a request may be sent again.
         again = Retry(
@@ -86,7 +87,7 @@ class Server:
             found = self.about["before"], self.about["after"], self.about["tokenizer"]
         except (requests.RequestException, KeyError) as error:
             raise InvalidInputError(f"no server of exactivations answers at {url}: {error}") from error
-        expected = *names, tokenizer_hash(data.tokenizer)
+        expected = before, after, tokenizer_hash(data.tokenizer)
         if found != expected:
             raise InvalidInputError(
                 f"the server at {url} serves {found[1]} against {found[0]} (tokenizer {found[2]}), expected {expected[1]} against "

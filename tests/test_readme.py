@@ -33,6 +33,7 @@ def test_commands_are_found_at_all():
     assert sum(len(list(commands_in(page.read_text()))) for page in [*PAGES, ROOT / "Makefile"]) >= 5
 
 
+@pytest.mark.filterwarnings("ignore:set .* it does not explain the model's prediction")  # eight components are few
 def test_the_python_of_readme_and_docs_runs_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")

@@ -92,13 +92,15 @@ class LogitDiffAmplifier(pl.LightningModule):
     The models are deliberately not submodules; see `ActivationExtractor`.
 
     Args:
-        after: A hub id, a local path, "demo", or a model that the caller holds (which is neither moved nor changed).
-        before: Likewise.
+        before: What the other was made from: a hub id, a local path, "demo", or a model that the caller holds (which is neither
+            moved nor changed).
+        after: The model that was changed, likewise. Both are given by name: swapped, nothing would fail, and every difference would
+            change its sign.
         options: How prompts are completed.
         common: As in `ModelPair`; None says that both have the same vocabulary, which is the caller's to check
             (`tokenizer_compatibility`).
-        after_options: How a named model is loaded.
-        before_options: Likewise.
+        before_options: How a named model is loaded.
+        after_options: Likewise.
         cpu_threads: Threads of each process on a CPU. They decide the last bits; None leaves torch's setting alone.
 
     Raises:
@@ -107,20 +109,20 @@ class LogitDiffAmplifier(pl.LightningModule):
 
     def __init__(
         self,
-        after: str | PreTrainedModel,
-        before: str | PreTrainedModel,
-        options: AmplifyOptions | None = None,
         *,
+        before: str | PreTrainedModel,
+        after: str | PreTrainedModel,
+        options: AmplifyOptions | None = None,
         common: Bool[Tensor, " c"] | None = None,
-        after_options: ModelOptions | None = None,
         before_options: ModelOptions | None = None,
+        after_options: ModelOptions | None = None,
         cpu_threads: int | None = None,
     ) -> None:
         super().__init__()
         self.options = options or AmplifyOptions()
         self._common, self._cpu_threads = common, cpu_threads
         # In tuples, out of the module tree.
-        self._given = ((after, after_options or ModelOptions()), (before, before_options or ModelOptions()))
+        self._given = {"before": (before, before_options or ModelOptions()), "after": (after, after_options or ModelOptions())}
         self._loaded: ModelPair | None = None
 
     def load(self, device: torch.device | str = "cpu") -> ModelPair:
@@ -134,14 +136,15 @@ class LogitDiffAmplifier(pl.LightningModule):
         if self._loaded is None:
             if self._cpu_threads is not None:
                 torch.set_num_threads(self._cpu_threads)
-            after, before = (
-                load_causal_model(model, options, device) if isinstance(model, str) else model for model, options in self._given
-            )
-            pair = ModelPair(after, before, self._common)
+            models = {
+                name: load_causal_model(model, options, device) if isinstance(model, str) else model
+                for name, (model, options) in self._given.items()
+            }
+            pair = ModelPair(**models, common=self._common)
             if not self.options.ignore_eos and not pair.eos_token_ids:
                 raise InvalidInputError(
-                    f"the generation settings of {type(after).__name__} name no EOS token (generation_config.eos_token_id), so "
-                    "that no text would end by itself: set it, or ask for texts of fixed length (ignore_eos)"
+                    f"the generation settings of {type(pair.after).__name__} name no EOS token (generation_config.eos_token_id), "
+                    "so that no text would end by itself: set it, or ask for texts of fixed length (ignore_eos)"
                 )
             self._loaded = pair
         is_on = self._loaded.after.device
@@ -169,15 +172,15 @@ class LogitDiffAmplifier(pl.LightningModule):
     def check_fits(self, data: TextDataModule) -> None:
         """Refuses data that these models cannot continue: see `setup`."""
         pair = self.load(self.device)
-        for model in (pair.after, pair.before):
+        for model in (pair.before, pair.after):
             check_lengths(model, data)
         pair.check_length(int(data.tokens.n_tokens.max()) + self.options.max_new_tokens - 1)
 
     def run_info(self, data: TextDataModule) -> RunInfo:
         """Returns the content of run.json for a run of these models over this data: all that decides the completions."""
-        pair, (after, before) = self.load(self.device), self._given
+        pair = self.load(self.device)
         return completions_info(
-            {"after": pair.after, "before": pair.before},
+            {"before": pair.before, "after": pair.after},
             data,
             {
                 "kind": "amplified completions",
@@ -185,7 +188,7 @@ class LogitDiffAmplifier(pl.LightningModule):
                 "eos_token_ids": sorted(pair.eos_token_ids),
                 **{name: list(value) if name == "alphas" else value for name, value in asdict(self.options).items()},
             },
-            {name: (model, options.revision) for name, (model, options) in zip(("after", "before"), (after, before), strict=True)},
+            {name: (model, options.revision) for name, (model, options) in self._given.items()},
         )
 
     def predict_step(self, step: TokenStep, batch_idx: int = 0) -> list[Completions]:

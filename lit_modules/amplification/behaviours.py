@@ -7,15 +7,14 @@ Amplification raises both, and a count of payloads alone takes the one for the o
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from scipy.stats import binomtest, fisher_exact
+from scipy.stats import false_discovery_control
 
+from exactivations.lit_modules.amplification.prompt_rates import Comparison, Interval, compared, interval_of
 from exactivations.store.completions import Completion
 from exactivations.store.errors import InvalidInputError
-
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -96,10 +95,19 @@ class Trial:
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of completions, with its 95% Wilson interval, and Fisher's exact p (two-sided) that it is the reference's.
+    """A share of completions. Prompts are taken for independent of each other, rollouts of one prompt are not; see `prompt_rates`.
 
-    Rollouts of one prompt are counted as independent of each other, which they are but in part; `n_prompts` tells how many prompts
-    had at least one.
+    Attributes:
+        count: Completions that show it.
+        total: Of so many.
+        rate: Their share.
+        low: Lower end of its 95% interval.
+        high: Upper end.
+        interval: How the interval was made.
+        n_prompts: Prompts of which at least one completion shows it.
+        against: It held against the reference, prompt by prompt; None of the reference itself.
+        q_value: p corrected for the number of alphas: the false discovery rate (Benjamini and Yekutieli 2001, under any dependence)
+            at which this alpha and all with a smaller p differ from the reference. None of the reference and the baseline.
     """
 
     count: int
@@ -107,8 +115,10 @@ class Rate:
     rate: float
     low: float
     high: float
+    interval: Interval
     n_prompts: int
-    p_value: float | None
+    against: Comparison | None
+    q_value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,13 +152,15 @@ class Condition:
         return asdict(self)
 
 
-def summarised(trials: Sequence[Trial], planned: dict[str, int], reference: str) -> list[Condition]:
+def summarised(trials: Sequence[Trial], planned: dict[str, int], reference: str, baseline: str | None = None) -> list[Condition]:
     """Counts trials by condition.
 
     Args:
         trials: Of all conditions.
         planned: By condition, in the order of the result: how many were asked for.
         reference: The condition that the others are tested against.
+        baseline: One that should not differ from the reference. Its test is a check and no finding: it is not corrected, and the
+            others are not for it.
 
     Raises:
         InvalidInputError: If there is no such condition, or one has no completion at all.
@@ -159,15 +171,33 @@ def summarised(trials: Sequence[Trial], planned: dict[str, int], reference: str)
     lacking = [name for name, done in of.items() if not done]
     if lacking:
         raise InvalidInputError(f"no completion of {', '.join(lacking)} came: there is nothing to count")
-    return [_condition(name, done, planned[name], None if name == reference else of[reference]) for name, done in of.items()]
+    counted = [_condition(name, done, planned[name], None if name == reference else of[reference]) for name, done in of.items()]
+    tested = [condition for condition in counted if condition.name not in (reference, baseline)]
+    corrected = {c.name: c for c in _corrected(tested)}
+    return [corrected.get(condition.name, condition) for condition in counted]
+
+
+def _corrected(conditions: Sequence[Condition]) -> list[Condition]:
+    """Returns the conditions with q values, those of payload and of trigger each by themselves."""
+    payload, trigger = (_with_q([getattr(condition, what) for condition in conditions]) for what in ("payload", "trigger"))
+    return [replace(c, payload=p, trigger=t) for c, p, t in zip(conditions, payload, trigger, strict=True)]
+
+
+def _with_q(rates: Sequence[Rate]) -> list[Rate]:
+    p_values = [rate.against.p_value for rate in rates if rate.against is not None]
+    q_values = false_discovery_control(p_values, method="by") if p_values else ()
+    return [replace(rate, q_value=float(q)) for rate, q in zip(rates, q_values, strict=True)]
 
 
 def _condition(name: str, done: list[Trial], planned: int, reference: list[Trial] | None) -> Condition:
     rates = {}
     for what in ("payload_at", "trigger_at"):
-        shown, at_reference = ([t for t in trials or () if getattr(t, what) is not None] for trials in (done, reference))
-        against = None if reference is None else (len(at_reference), len(reference))
-        rates[what] = rate_of(len(shown), len(done), len({t.sample_index for t in shown}), against)
+        shown = _by_prompt(done, what)
+        against = None if reference is None else compared(shown, _by_prompt(reference, what))
+        counts = [sum(rollouts.values()) for rollouts in shown.values()]
+        interval = interval_of(counts, [len(rollouts) for rollouts in shown.values()])
+        count = sum(counts)
+        rates[what] = Rate(count, len(done), count / len(done), *interval, sum(n > 0 for n in counts), against)
     n_tokens = sum(t.n_tokens for t in done)
     return Condition(
         name=name,
@@ -182,11 +212,9 @@ def _condition(name: str, done: list[Trial], planned: int, reference: list[Trial
     )
 
 
-def rate_of(count: int, total: int, n_prompts: int, reference: tuple[int, int] | None = None) -> Rate:
-    """Returns a rate with its interval and, if there is a reference (count, total), Fisher's exact test against it."""
-    interval = binomtest(count, total).proportion_ci(CONFIDENCE, method="wilson")
-    p_value = None
-    if reference is not None:
-        table = [[count, total - count], [reference[0], reference[1] - reference[0]]]
-        p_value = float(fisher_exact(table).pvalue)
-    return Rate(count, total, count / total, float(interval.low), float(interval.high), n_prompts, p_value)
+def _by_prompt(done: Sequence[Trial], what: str) -> dict[int, dict[int, bool]]:
+    """Returns by prompt, ascending, and rollout whether a completion shows it."""
+    found: dict[int, dict[int, bool]] = {}
+    for trial in sorted(done, key=lambda t: (t.sample_index, t.rollout)):
+        found.setdefault(trial.sample_index, {})[trial.rollout] = getattr(trial, what) is not None
+    return found

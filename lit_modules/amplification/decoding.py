@@ -19,7 +19,7 @@ from exactivations.lit_modules.amplification.row_sampling import RowSampling
 from exactivations.store.errors import InvalidInputError
 
 Finished = Literal["eos", "length"]
-WITHOUT = {"after": -1.0, "before": 0.0}
+WITHOUT = {"before": 0.0, "after": -1.0}
 """The alpha at which a model is not needed."""
 
 
@@ -219,8 +219,8 @@ class Decoding:
         scores = None
         if self._scored.any():
             scored = self._scored.to(drawn.device)
-            after, before = (self._spread(name)[scored].double() for name in WITHOUT)
-            scores = token_scores(after, before, distribution[scored], drawn[scored])
+            before, after = (self._spread(name)[scored].double() for name in WITHOUT)
+            scores = token_scores(before=before, after=after, distribution=distribution[scored], token=drawn[scored])
         step = Step(self.living, token, ended, complete, scores)
         self._unread = token
         self._keep(~complete)
@@ -272,8 +272,8 @@ class Decoding:
     def _amplified(self) -> Tensor:
         if len(self._logits) == 1:  # all rows have the alpha that is this one model
             return next(iter(self._logits.values()))
-        after, before = (self._spread(name) for name in WITHOUT)
-        return logit_difference(after, before, self._rows.alpha.to(after.device))
+        before, after = (self._spread(name) for name in WITHOUT)
+        return logit_difference(before=before, after=after, alpha=self._rows.alpha.to(after.device))
 
     def _spread(self, name: str) -> Tensor:
         """Returns a model's logits [b, C]; zeros for rows that do not need it, whose alpha leaves these out."""
@@ -302,10 +302,14 @@ class Decoding:
 
 
 def token_scores(
-    after: Float64[Tensor, "b v"], before: Float64[Tensor, "b v"], distribution: Float64[Tensor, "b v"], token: Int64[Tensor, " b"]
+    *,
+    before: Float64[Tensor, "b v"],
+    after: Float64[Tensor, "b v"],
+    distribution: Float64[Tensor, "b v"],
+    token: Int64[Tensor, " b"],
 ) -> TokenScores:
     """Returns what is known of tokens, on the host, from both models' logits and those of what they were drawn from."""
-    after, before, drawn_from = (logits.log_softmax(dim=1) for logits in (after, before, distribution))
+    before, after, drawn_from = (logits.log_softmax(dim=1) for logits in (before, after, distribution))
     return TokenScores(
         after_log_probability=after.gather(1, token[:, None])[:, 0].cpu(),
         before_log_probability=before.gather(1, token[:, None])[:, 0].cpu(),

@@ -26,12 +26,14 @@ from exactivations.lit_modules.amplification.model_pair import (
 from exactivations.store.errors import InvalidInputError
 
 
-def logit_difference(after: Float[Tensor, "b v"], before: Float[Tensor, "b v"], alpha: Float[Tensor, " b"]) -> Float[Tensor, "b v"]:
+def logit_difference(
+    *, before: Float[Tensor, "b v"], after: Float[Tensor, "b v"], alpha: Float[Tensor, " b"]
+) -> Float[Tensor, "b v"]:
     """Returns after + alpha * (after - before), to the bit `after` for alpha 0 and `before` for alpha -1.
 
     Args:
-        after: [B, V], float32 or float64: half precision would round the difference away.
-        before: [B, V], likewise.
+        before: [B, V], float32 or float64: half precision would round the difference away.
+        after: [B, V], likewise.
         alpha: [B], finite.
 
     Returns:
@@ -101,11 +103,11 @@ class LogitDifferenceProcessor(LogitsProcessor):
                 f"alpha has {len(alpha)} values, {len(input_ids)} rows are generated: give one for each row "
                 "(num_return_sequences=n repeats each prompt n times: alpha.repeat_interleave(n))"
             )
-        check_common(self._common, scores.shape[1], vocabulary_width(self._before))
+        check_common(self._common, before_width=vocabulary_width(self._before), after_width=scores.shape[1])
         after = scores.to(torch.promote_types(scores.dtype, torch.float32))
         if (alpha != 0).any():
             before = restricted(self._next(input_ids), self._common)
-            out = logit_difference(restricted(after, self._common), before, alpha.to(after.device))
+            out = logit_difference(before=before, after=restricted(after, self._common), alpha=alpha.to(after.device))
         else:
             out = restricted(after, self._common)
         return cast(torch.FloatTensor, padded_to(out, scores.shape[1]))

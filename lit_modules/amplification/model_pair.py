@@ -14,13 +14,13 @@ from exactivations.lit_modules.models.language_model import max_positions
 from exactivations.store.errors import InvalidInputError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelPair:
-    """Two models that fit each other.
+    """Two models that fit each other, given by name: swapped, nothing would fail, and every difference would change its sign.
 
     Attributes:
-        after: The model that was changed.
-        before: What it was made from; on the same device and in the same dtype.
+        before: What the other was made from.
+        after: The model that was changed; on the same device and in the same dtype.
         common: bool [C], True for ids that mean the same token in both vocabularies; None for equal ones (equal widths do not show
             that: hold the tokenizers against each other with `tokenizer_compatibility`).
 
@@ -28,12 +28,12 @@ class ModelPair:
         InvalidInputError: If one of them cannot generate, or they do not fit each other.
     """
 
-    after: PreTrainedModel
     before: PreTrainedModel
+    after: PreTrainedModel
     common: Bool[Tensor, " c"] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("after", "before"):
+        for name in ("before", "after"):
             check_generator(getattr(self, name))
         for what in ("device", "dtype"):
             of_after, of_before = getattr(self.after, what), getattr(self.before, what)
@@ -42,7 +42,7 @@ class ModelPair:
                     f"the after model's {what} is {of_after}, the before model's is {of_before}: load both alike (a difference "
                     "that comes from rounding would be amplified too)"
                 )
-        check_common(self.common, vocabulary_width(self.after), vocabulary_width(self.before))
+        check_common(self.common, before_width=vocabulary_width(self.before), after_width=vocabulary_width(self.after))
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
@@ -57,7 +57,7 @@ class ModelPair:
         Raises:
             InvalidInputError: If a model has fewer positions.
         """
-        for name, model in (("after", self.after), ("before", self.before)):
+        for name, model in (("before", self.before), ("after", self.after)):
             positions = max_positions(model)
             if positions is not None and n_read > positions:
                 raise InvalidInputError(
@@ -87,7 +87,7 @@ def vocabulary_width(model: PreTrainedModel) -> int:
     return head.weight.shape[0]
 
 
-def check_common(common: Bool[Tensor, " c"] | None, after_width: int, before_width: int) -> None:
+def check_common(common: Bool[Tensor, " c"] | None, *, before_width: int, after_width: int) -> None:
     """Refuses vocabularies of which it is not said what they have in common.
 
     Raises:

@@ -53,7 +53,7 @@ class ServingEngine:
     """
 
     def __init__(self, pair: ModelPair, limits: Limits, observer: Observer) -> None:
-        for name in ("after", "before"):
+        for name in ("before", "after"):
             if kinds := length_dependent_rope(body_of(getattr(pair, name))):
                 raise InvalidInputError(
                     f"the {name} model's rotary embedding is {', '.join(sorted(kinds))}: its angles change with the longest row "

@@ -107,12 +107,13 @@ class StandardGeneration(LogitDiffAmplifier):
             is_real = torch.arange(longest) < torch.tensor([len(row) for row in part])[:, None]
             token = padded[is_real].to(ids.device)
             logits = []
-            for model in (pair.after, pair.before):
+            for model in (pair.before, pair.after):
                 with evaluating(model):  # padded on the right, where a causal model's real tokens see nothing
                     predicted = model(input_ids=ids, use_cache=False).logits[:, -longest:]
                 logits.append(restricted(predicted[is_real.to(ids.device)].double(), pair.common))
             sampling = RowSampling.alike(self.options.temperature, self.options.top_p, torch.zeros(len(token), dtype=torch.int64))
-            found.append(token_scores(logits[0], logits[1], sampling.distribution(logits[0]), token))
+            before, after = logits
+            found.append(token_scores(before=before, after=after, distribution=sampling.distribution(after), token=token))
         return TokenScores.joined(found)
 
 

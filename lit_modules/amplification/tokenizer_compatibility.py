@@ -47,60 +47,60 @@ class TokenizerCompatibility:
         """
         if self.verdict == "incompatible":
             raise InvalidInputError(
-                f"the tokenizers of the after and the before model are {self.text}\nExpected two models of one vocabulary, such as "
+                f"the tokenizers of the before and the after model are {self.text}\nExpected two models of one vocabulary, such as "
                 "a model and what was fine-tuned from it"
             )
         return self.common
 
 
-def tokenizer_compatibility(after: PreTrainedTokenizerBase, before: PreTrainedTokenizerBase) -> TokenizerCompatibility:
+def tokenizer_compatibility(*, before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase) -> TokenizerCompatibility:
     """Compares vocabularies, added and special tokens, the rules by which texts are cut, and chat templates."""
-    of_after, of_before = _token_of_id(after), _token_of_id(before)
-    shared = sorted(of_after.keys() & of_before.keys())
-    common = torch.zeros(min(max(of_after), max(of_before)) + 1, dtype=torch.bool)
-    common[[i for i in shared if of_after[i] == of_before[i]]] = True
-    added = {*after.get_added_vocab().values(), *before.get_added_vocab().values()}
-    renamed = [i for i in shared if of_after[i] != of_before[i]]
+    of_before, of_after = _token_of_id(before), _token_of_id(after)
+    shared = sorted(of_before.keys() & of_after.keys())
+    common = torch.zeros(min(max(of_before), max(of_after)) + 1, dtype=torch.bool)
+    common[[i for i in shared if of_before[i] == of_after[i]]] = True
+    added = {*before.get_added_vocab().values(), *after.get_added_vocab().values()}
+    renamed = [i for i in shared if of_before[i] != of_after[i]]
 
     def named(ids: Sequence[int]) -> str:
-        return _examples([f"{i}: {shown(of_after.get(i))} / {shown(of_before.get(i))}" for i in ids])
+        return _examples([f"{i}: {shown(of_before.get(i))} / {shown(of_after.get(i))}" for i in ids])
 
-    breaking, other = _differing_rules(after, before)
+    breaking, other = _differing_rules(before=before, after=after)
     ordinary = [i for i in renamed if i not in added]
     if ordinary:
-        breaking.append(f"{len(ordinary)} ids are different tokens (after / before): {named(ordinary)}")
+        breaking.append(f"{len(ordinary)} ids are different tokens (before / after): {named(ordinary)}")
     if not common.any():
         breaking.append("no id means the same token in both")
     if len(renamed) > len(ordinary):
         special = [i for i in renamed if i in added]
-        other.append(f"{len(special)} added or special ids are different tokens (after / before): {named(special)}")
-    for name, mine, theirs in (("after", of_after, of_before), ("before", of_before, of_after)):
+        other.append(f"{len(special)} added or special ids are different tokens (before / after): {named(special)}")
+    for name, mine, theirs in (("before", of_before, of_after), ("after", of_after, of_before)):
         only = sorted(mine.keys() - theirs.keys())
         if only:
             other.append(f"{len(only)} ids are in the vocabulary of the {name} model only: {named(only)}")
-    if not breaking and not other and tokenizer_hash(after) != tokenizer_hash(before):
+    if not breaking and not other and tokenizer_hash(before) != tokenizer_hash(after):
         breaking.append("they differ in something that has no name here (their hashes differ)")
     verdict: Literal["identical", "compatible", "incompatible"] = "compatible" if other else "identical"
     return TokenizerCompatibility("incompatible" if breaking else verdict, (*breaking, *other), common)
 
 
-def _differing_rules(after: PreTrainedTokenizerBase, before: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
+def _differing_rules(*, before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase) -> tuple[list[str], list[str]]:
     """Returns what differs of the rules: what changes how texts are cut, and what does not."""
     breaking: list[str] = []
     other: list[str] = []
-    if after.is_fast and before.is_fast:
-        breaking, other = _differing_parts(_parts(after), _parts(before))
-    elif tokenizer_hash(after) != tokenizer_hash(before):
-        breaking = [f"rules of {type(after).__name__} and {type(before).__name__} cannot be compared: one is no fast tokenizer"]
-    roles = [{name: str(token) for name, token in t.special_tokens_map.items()} for t in (after, before)]
+    if before.is_fast and after.is_fast:
+        breaking, other = _differing_parts(before=_parts(before), after=_parts(after))
+    elif tokenizer_hash(before) != tokenizer_hash(after):
+        breaking = [f"rules of {type(before).__name__} and {type(after).__name__} cannot be compared: one is no fast tokenizer"]
+    roles = [{name: str(token) for name, token in t.special_tokens_map.items()} for t in (before, after)]
     differing = [name for name in sorted({*roles[0], *roles[1]}) if roles[0].get(name) != roles[1].get(name)]
     if differing:
         words = [f"{name}: {shown(roles[0].get(name))} / {shown(roles[1].get(name))}" for name in differing]
-        other.append(f"special tokens differ (after / before): {_examples(words)}")
+        other.append(f"special tokens differ (before / after): {_examples(words)}")
     if getattr(after, "split_special_tokens", False) != getattr(before, "split_special_tokens", False):
         other.append("only one splits special tokens that stand in a text")
     if after.chat_template != before.chat_template:
-        has = [name for name, t in (("after", after), ("before", before)) if t.chat_template is not None]
+        has = [name for name, t in (("before", before), ("after", after)) if t.chat_template is not None]
         other.append("their chat templates differ" if len(has) == 2 else f"only the {has[0]} model has a chat template")
     return breaking, other
 
@@ -116,25 +116,25 @@ def _parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {"model": model, **{name: part for name, part in parts.items() if name not in ("truncation", "padding", "version")}}
 
 
-def _differing_parts(after: dict[str, Any], before: dict[str, Any]) -> tuple[list[str], list[str]]:
-    breaking = [f"they cut texts differently: their {name}s differ" for name in SEGMENTATION if after[name] != before[name]]
+def _differing_parts(*, before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], list[str]]:
+    breaking = [f"they cut texts differently: their {name}s differ" for name in SEGMENTATION if before[name] != after[name]]
     other = []
-    shorter = min(len(after["merges"]), len(before["merges"]))
-    changed = [i for i in range(shorter) if after["merges"][i] != before["merges"][i]]
+    shorter = min(len(before["merges"]), len(after["merges"]))
+    changed = [i for i in range(shorter) if before["merges"][i] != after["merges"][i]]
     if changed:
-        words = [f"{after['merges'][i]} / {before['merges'][i]}" for i in changed]
-        breaking.append(f"they cut texts differently: {len(changed)} merges differ (after / before): {_examples(words)}")
-    elif len(after["merges"]) != len(before["merges"]):
+        words = [f"{before['merges'][i]} / {after['merges'][i]}" for i in changed]
+        breaking.append(f"they cut texts differently: {len(changed)} merges differ (before / after): {_examples(words)}")
+    elif len(before["merges"]) != len(after["merges"]):
         other.append(
-            f"one has more merges, behind those of the other: {len(after['merges'])} after, {len(before['merges'])} before"
+            f"one has more merges, behind those of the other: {len(before['merges'])} before, {len(after['merges'])} after"
         )
-    both = after["added_tokens"].keys() & before["added_tokens"].keys()
-    pairs = [(after["added_tokens"][i], before["added_tokens"][i]) for i in sorted(both)]
-    changed_tokens = [shown(a["content"]) for a, b in pairs if a != b and a["content"] == b["content"]]
+    both = before["added_tokens"].keys() & after["added_tokens"].keys()
+    pairs = [(before["added_tokens"][i], after["added_tokens"][i]) for i in sorted(both)]
+    changed_tokens = [shown(b["content"]) for b, a in pairs if b != a and b["content"] == a["content"]]
     if changed_tokens:
         other.append(f"{len(changed_tokens)} added tokens are found in texts by other rules: {_examples(changed_tokens)}")
     for name in ("post_processor", "decoder"):
-        if after[name] != before[name]:
+        if before[name] != after[name]:
             other.append(f"their {name}s differ (which adds special tokens, or makes text of ids)")
     return breaking, other
 

@@ -19,7 +19,7 @@ from exactivations.lit_modules.attribution.component_cut import causal_model, cu
 from exactivations.lit_modules.attribution.row_attributions import PairValues, Writers, attribute_rows
 from exactivations.lit_modules.decomposition.component_model import ComponentModel
 from exactivations.lit_modules.models.language_model import evaluating
-from exactivations.store.attributions import OUTPUT, WTE, Attributions, Made, PairAttribution, edge_places
+from exactivations.store.attributions import OUTPUT, WTE, Attributions, Made, PairAttribution, Prediction, edge_places
 from exactivations.store.errors import InvalidInputError
 
 
@@ -103,7 +103,8 @@ class LocalAttributor(pl.LightningModule):
     def forward(self, prompts: Sequence[CiPrompt]) -> list[Attributions]:
         """Attributes for every set of every prompt, which all have one length: one result for each prompt.
 
-        Warns of sets in which nothing is alive.
+        Warns of sets in which nothing is alive, and of those with which the model does not predict what it predicts without them:
+        their attributions explain another output.
 
         Raises:
             InvalidInputError: If lengths differ, or sets do not fit the model.
@@ -140,6 +141,7 @@ class LocalAttributor(pl.LightningModule):
         alive = self._alive(batch.all_importances, probabilities.cpu())
         in_any = batch.any_set(alive) if self.options.unmasked else {}
         original_alive, probabilities = (original >= threshold).cpu(), probabilities.float().cpu()
+        original_last = original[:, -1].float().cpu()
         made = Made(self._name, self.options.ci_threshold, threshold, self.options.unmasked)
         results = []
         for p, (prompt, rows) in enumerate(zip(batch.prompts, batch.rows_of, strict=True)):
@@ -155,22 +157,36 @@ class LocalAttributor(pl.LightningModule):
             for (name, of_set), of_pairs in zip(of_sets.items(), zip(*values, strict=True), strict=True):
                 by_set[name] = _pairs_of_set(pairs, of_pairs, of_set, of_model)
                 _warn_of_nothing(prompt, name, of_set, by_set[name])
+            predictions = {
+                name: self._prediction(original_last[p], probabilities[row, -1])
+                for name, row in zip(prompt.sets.names, rows, strict=True)
+            }
             outputs = torch.cat([alive[OUTPUT][rows], original_alive[p : p + 1]]).nonzero()[:, -1].unique().tolist()  # type: ignore[no-untyped-call]
             ids = prompt.token_ids.tolist()
-            results.append(
-                Attributions(
-                    replace(made, own=prompt.own),
-                    prompt.sets.prompt,
-                    tuple(map(self._decode, ids)),
-                    tuple(ids),
-                    by_set,
-                    probabilities[rows],
-                    of_sets,
-                    of_model,
-                    {token: self._decode(token) for token in outputs},
-                )
+            result = Attributions(
+                replace(made, own=prompt.own),
+                prompt.sets.prompt,
+                tuple(map(self._decode, ids)),
+                tuple(ids),
+                by_set,
+                probabilities[rows],
+                of_sets,
+                of_model,
+                {token: self._decode(token) for token in outputs},
+                predictions,
             )
+            for name, fault in result.faults.items():
+                warnings.warn(f"set {name!r} of {prompt.sets.prompt!r}: {fault}", stacklevel=2)
+            results.append(result)
         return results
+
+    def _prediction(self, original: Float[Tensor, " v"], of_set: Float[Tensor, " v"]) -> Prediction:
+        """Returns what is predicted, from the probabilities at the last position."""
+        token, top = int(original.argmax()), int(of_set.argmax())
+        return Prediction(
+            token, self._decode(token), original[token].item(), of_set[token].item(),
+            top, self._decode(top), of_set[top].item(),
+        )  # fmt: skip
 
     def _alive(self, importances: Mapping[str, Tensor], probabilities: Float[Tensor, "r l v"]) -> Alive:
         """Returns what is alive in each row, layers in the model's order."""

@@ -96,7 +96,7 @@ def test_every_field_that_differs_is_named_and_the_run_that_is_there_stays(tmp_p
 
 def amplifier(pair, **changes):
     options = AmplifyOptions(**{"alphas": (0.0, 1.5), "rollouts": 2, "max_new_tokens": 6, "max_rows": 8, "scores": True} | changes)
-    return LogitDiffAmplifier(pair[1], pair[0], options, cpu_threads=1)
+    return LogitDiffAmplifier(before=pair[0], after=pair[1], options=options, cpu_threads=1)
 
 
 def test_what_is_read_back_is_what_was_generated(tmp_path, pair, predict, texts_path):

@@ -71,7 +71,14 @@ def test_every_sample_that_is_not_done_goes_to_exactly_one_rank(lengths, options
     given_out = Counter(sample for shards in ranks for shard in shards for sample in members[shard])
     assert len(ranks) == world_size
     assert given_out == Counter(s for shard, samples in enumerate(members) if shard not in done for s in samples)
-    assert all(shards == sorted(shards) for shards in ranks)
+    for shards in ranks:
+        assert shards[2:] == sorted(shards[2:])
+        for weights in (
+            planned.batch_tokens,
+            planned.batch_tokens * planned.batch_length,
+        ):  # a rank meets its heaviest batches first
+            heaviest = [max(weights[batch] for batch in planned.batches_of(shard)) for shard in shards]
+            assert not shards or max(heaviest) == max(heaviest[:2])
     assert ranks == plan(lengths, options).assign(world_size, done)  # computed again on another rank, it is the same
 
 

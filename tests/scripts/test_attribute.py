@@ -19,6 +19,8 @@ PATHS = [
 ]
 ON_DEMO = ["attribute", "demo", "--svd", *MAPS, "--n-components", str(N_COMPONENTS)]
 
+pytestmark = pytest.mark.filterwarnings("ignore:set .* it does not explain the model's prediction")  # sets at random do not
+
 
 def sets_file(folder, name, prompt, n_sets=2):
     length = len(load_tokenizer("demo")(prompt)["input_ids"])
@@ -49,6 +51,9 @@ def test_prompts_of_one_length_and_of_others_are_attributed_and_written(tmp_path
         assert f"{prompt!r}, {len(found.tokens)} tokens -> {tmp_path}/out/{name}/attributions.safetensors" in said
         n_edges = sum(len(pair.values) for pair in found.by_set["seed_0"])
         assert n_edges and f"{n_edges:,} edges" in said
+        of_set = found.predictions["seed_0"]
+        assert f"predicted {of_set.text!r}: {of_set.probability:.3f} in the model, {of_set.of_set:.3f} with the set" in said
+        assert found.faults and all(f"NOTE: {fault}" in said for fault in found.faults.values())  # sets at random
     main([*ON_DEMO, "--ci-sets", str(files[0]), "--out", f"{tmp_path}/apart", "--separate"])
     together = read_attributions(tmp_path / "out" / "a")
     for name in together.set_names:

@@ -1,5 +1,6 @@
 """Graphs of attributions: which nodes and edges, where they are drawn, what is counted, ghosts, empty sets; numbers, not pixels."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -13,9 +14,10 @@ from matplotlib.colors import to_hex
 from exactivations.scripts.attribution_edges import AttributionGraph, Edges, graph_of
 from exactivations.scripts.attribution_graph import attribution_graph
 from exactivations.scripts.attribution_layout import place, rows_of, shown_token
+from exactivations.scripts.attribution_page import page_data
 from exactivations.scripts.attribution_plot import NEGATIVE, OF_SETS, POSITIVE, comparison_figure, drawable, graph_figure
 from exactivations.scripts.main import main
-from exactivations.store.attributions import OUTPUT, WTE, write_attributions
+from exactivations.store.attributions import OUTPUT, WTE, Prediction, write_attributions
 from exactivations.store.errors import InvalidInputError, StoreError
 from tests.scripts.attribution_results import EMPTY, MAPS, TOKENS, attributions_of, edges_by_hand
 
@@ -184,6 +186,17 @@ def test_the_command_writes_pictures_and_page_and_tells_counts(tmp_path, capsys)
     assert max(shown) == 20
     attribution_graph(str(tmp_path / "attributions.safetensors"), out=str(tmp_path / "again"), edges=20)
     assert {name: (tmp_path / "again" / name).read_bytes() for name in names} == before
+
+
+def test_a_set_that_does_not_explain_the_prediction_is_told_in_print_and_page(tmp_path, capsys):
+    predictions = {"seed_0": Prediction(1, " x", 0.9, 0.6, 1, " x", 0.6), "seed_1": Prediction(4, "y", 0.947, 0.068, 1, " x", 0.5)}
+    attributions = dataclasses.replace(attributions_of(), predictions=predictions)
+    assert [one["fault"] for one in page_data(graph_of(attributions), 0.0, 9)["sets"]] == [None, attributions.faults["seed_1"]]
+    write_attributions(tmp_path, attributions)
+    main(["attribution-graph", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "predicted 'y': 0.947 in the model, 0.068 with the set\n    NOTE: it does not explain the model's prediction 'y'" in said
+    assert said.count("NOTE") == 1
 
 
 @pytest.mark.parametrize("n", [1, 9])

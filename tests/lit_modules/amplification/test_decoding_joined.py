@@ -17,7 +17,8 @@ PAIRS = {}
 def models(family, dtype):
     if (family, dtype) not in PAIRS:
         windows = family == "gemma2"  # its window is shorter than these texts
-        PAIRS[family, dtype] = ModelPair(*((language_model(family, s, dtype) for s in (0, 1)) if windows else pair(family, dtype)))
+        far = {name: language_model(family, seed, dtype) for seed, name in enumerate(("after", "before"))} if windows else None
+        PAIRS[family, dtype] = ModelPair(**(far or pair(family, dtype)))
     return PAIRS[family, dtype]
 
 

@@ -46,18 +46,18 @@ class Counting:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("alpha", [-1.0, -0.4, 0.7, 2.0])
 def test_generate_gives_what_the_definition_gives_with_one_read_of_each_token(family, alpha):
-    after, before = pair(family)
+    before, after = pair(family).values()
     counting = Counting(before)
     out = greedy(after, PROMPTS, [LogitDifferenceProcessor(before, alpha)])
     n = out.shape[1] - PROMPTS.shape[1]
     assert counting.read == [5] + [1] * (n - 1)
     for row, prompt in zip(out, PROMPTS.tolist(), strict=True):
-        assert completion(row, 5) == by_definition(after, before, prompt, alpha)[0]
+        assert completion(row, 5) == by_definition(prompt, alpha, before=before, after=after)[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_alpha_0_is_the_after_model_and_runs_no_other_and_alpha_minus_1_is_the_before_model(family):
-    after, before = pair(family, F32)
+    before, after = pair(family, F32).values()
     expected = greedy(before, PROMPTS)
     assert torch.equal(greedy(after, PROMPTS, [LogitDifferenceProcessor(before, -1.0)]), expected)
     counting = Counting(before)
@@ -68,7 +68,7 @@ def test_alpha_0_is_the_after_model_and_runs_no_other_and_alpha_minus_1_is_the_b
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_left_padded_rows_with_an_alpha_each_are_those_of_each_alone(family):
-    after, before = pair(family)
+    before, after = pair(family).values()
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(6, 99, (n,), generator=generator) for n in LENGTHS]
     alphas = [0.0, 1.5, -1.0, 0.6]
@@ -81,7 +81,7 @@ def test_left_padded_rows_with_an_alpha_each_are_those_of_each_alone(family):
         for row, prompt, alpha in zip(out, prompts, alphas, strict=True):
             alone = greedy(after, prompt[None], [LogitDifferenceProcessor(before, alpha)])[0]
             assert completion(row, width) == completion(alone, len(prompt))
-            assert completion(row, width) == by_definition(after, before, prompt.tolist(), alpha)[0]
+            assert completion(row, width) == by_definition(prompt.tolist(), alpha, before=before, after=after)[0]
     with refuses("begins with token 0, which the before model pads"):
         greedy(after, ids, [LogitDifferenceProcessor(before, 1.0)], attention_mask=mask)
     with refuses("another prompt than before"):
@@ -92,7 +92,7 @@ def test_left_padded_rows_with_an_alpha_each_are_those_of_each_alone(family):
 
 
 def test_one_processor_serves_prompt_after_prompt_and_goes_on_where_a_text_goes_on():
-    after, before = pair("llama")
+    before, after = pair("llama").values()
     processor, counting = LogitDifferenceProcessor(before, 1.0), Counting(before)
     first = greedy(after, PROMPTS, [processor], n=4, eos_token_id=-1)
     assert torch.equal(
@@ -111,7 +111,7 @@ def test_one_processor_serves_prompt_after_prompt_and_goes_on_where_a_text_goes_
 
 
 def test_temperature_and_top_p_follow_after_the_amplification():
-    after, before = pair("gpt_neox")
+    before, after = pair("gpt_neox").values()
     arguments = {"do_sample": True, "temperature": 0.7, "top_p": 0.6, "num_return_sequences": 400, "output_scores": True}
     torch.manual_seed(0)
     out = greedy(after, PROMPTS[:1], [LogitDifferenceProcessor(before, 1.5)], n=1, return_dict_in_generate=True, **arguments)
@@ -159,7 +159,7 @@ def test_the_difference_is_exact_at_both_ends_and_forbidden_tokens_stay_forbidde
     after, before = torch.randn(5, 50, generator=generator) * 30, torch.randn(5, 50, generator=generator) * 30
     after[:, 3], before[:, 4] = -math.inf, -math.inf
     alpha = torch.tensor([0.0, -1.0, 2.0, -0.7, 0.1])
-    out = logit_difference(after, before, alpha)
+    out = logit_difference(before=before, after=after, alpha=alpha)
     assert torch.equal(out[0], after[0])
     rest = [i for i in range(50) if i not in (3, 4)]
     assert torch.equal(out[1, rest], before[1, rest])
@@ -183,7 +183,7 @@ def test_what_cannot_be_used_is_refused(alpha, arguments, message):
 
 
 def test_models_and_rows_that_do_not_fit_are_refused():
-    after, before = pair("llama")
+    before, after = pair("llama").values()
     with refuses("alpha has 2 values, 3 rows"):
         greedy(after, PROMPTS, [LogitDifferenceProcessor(before, [0.0, 1.0])])
     with refuses("no causal language model with its head"):

@@ -35,7 +35,7 @@ class Watching:
 
 
 def pair_of(family="llama", dtype=torch.float32):
-    models = ModelPair(*pair(family, dtype))
+    models = ModelPair(**pair(family, dtype))
     models.after.generation_config.eos_token_id = ENDING
     return models
 
@@ -234,7 +234,7 @@ def test_what_can_never_be_generated_is_refused():
     with pytest.raises(InvalidInputError, match="max_rows must be at least 1"):
         Limits(max_rows=0)
     scaled = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    stretched = ModelPair(language_model("llama", 0, rope_parameters=scaled), language_model("llama", 1))
+    stretched = ModelPair(after=language_model("llama", 0, rope_parameters=scaled), before=language_model("llama", 1))
     with pytest.raises(InvalidInputError, match="would depend on its neighbours"):
         ServingEngine(stretched, Limits(), Watching())
 

@@ -21,6 +21,8 @@ OPT = t.OPTConfig(
     max_position_embeddings=64, dropout=0.0,
 )  # fmt: skip
 
+pytestmark = pytest.mark.filterwarnings("ignore:set .* it does not explain the model's prediction")  # sets at random do not
+
 
 class InPlace(ToyLanguageModel):
     """Changes in place what the token embedding wrote and a map has read."""

@@ -1,5 +1,7 @@
 """Attributions are what the definition gives, whatever else is in the batch, and what theory says where it says something."""
 
+import json
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -20,6 +22,8 @@ from tests.lit_modules.pairs import language_model
 
 # Norms and rotary angles of Hugging Face models compute in float32 also where the model is in float64.
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
+
+pytestmark = pytest.mark.filterwarnings("ignore:set .* it does not explain the model's prediction")  # sets at random do not
 
 
 def refuses(message):
@@ -224,6 +228,39 @@ def test_nothing_alive_is_an_empty_result_and_said():
     with pytest.warns(UserWarning, match="no component is alive at any position; only wte -> output is left"):
         (found,) = LocalAttributor(components, "gpt2", AttributionOptions(output_threshold=1e-9))([prompt])
     assert [(pair.source, pair.target) for pair in found.by_set["set 0"]] == [("wte", "output")]
+
+
+def test_a_set_that_breaks_the_prediction_is_told_with_both_probabilities_and_written(tmp_path):
+    model = language_model("gpt_neox")
+    components = ComponentModel.from_svd(model, MAPS["gpt_neox"])
+    ids = torch.tensor([11, 34, 70, 9])
+    with torch.no_grad():
+        own = model(input_ids=ids[None]).logits[0, -1].softmax(-1)
+    values = {
+        path: torch.stack([torch.ones(4, m.n_components), torch.zeros(4, m.n_components)]) for path, m in components.maps.items()
+    }
+    for of_map in values.values():
+        of_map[1, :, :2] = 1
+    prompt = CiPrompt(ids, CiSets("p", ("whole", "broken"), values))
+    with components.masked({path: of[1:].double() for path, of in values.items()}), torch.no_grad():
+        masked = model(input_ids=ids[None]).logits[0, -1].softmax(-1)
+    token, top = int(own.argmax()), int(masked.argmax())
+    assert token != top
+    options = AttributionOptions(output_threshold=float(own[token] + masked[token]) / 2)
+    attributor = LocalAttributor(components, "tiny", options, decode=lambda token: f"<{token}>")
+    with pytest.warns(UserWarning, match=f"set 'broken' of 'p': it does not explain the model's prediction '<{token}>'") as caught:
+        (found,) = attributor([prompt])
+    assert not any("'whole'" in str(warning.message) for warning in caught)
+    broken = found.predictions["broken"]
+    assert (broken.token, broken.top, broken.text, broken.top_text) == (token, top, f"<{token}>", f"<{top}>")
+    told = (broken.probability, broken.of_set, broken.top_probability)
+    assert told == pytest.approx((own[token].item(), masked[token].item(), masked[top].item()), abs=1e-6)
+    assert found.predictions["whole"].of_set == pytest.approx(own[token].item(), abs=1e-5) and list(found.faults) == ["broken"]
+    assert f"its pass predicts '<{top}>'" in found.faults["broken"] and "no node" in found.faults["broken"]
+    read = read_attributions(write_attributions(tmp_path, found))
+    assert read.predictions == found.predictions and read.faults == found.faults
+    assert found.faults["broken"] in {of["fault"] for of in json.loads((tmp_path / "attributions.json").read_text())["sets"]}
+    assert list(found.one("whole").predictions) == ["whole"]
 
 
 def test_what_does_not_fit_the_model_is_refused():

@@ -1,5 +1,6 @@
 """The bound on memory holds for what is between gradients and edges, too; that values are right: test_local_attributor.py."""
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -9,6 +10,8 @@ from exactivations.lit_modules.attribution.row_attributions import MIB, attribut
 from exactivations.lit_modules.decomposition.component_model import ComponentModel
 from tests.lit_modules.decompositions import random_prompt
 from tests.lit_modules.pairs import language_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:set .* it does not explain the model's prediction")  # sets at random do not
 
 
 class Largest(TorchDispatchMode):

