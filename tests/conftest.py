@@ -7,7 +7,12 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
 
+import hypothesis
 from jaxtyping import install_import_hook
+
+if "CI" not in os.environ:  # hypothesis has a profile of its own there, the same examples in every run
+    hypothesis.settings.register_profile("timeless", deadline=None)  # a busy machine is no failure
+    hypothesis.settings.load_profile("timeless")
 
 SHAPED = tuple(
     f"lit_modules.{name}"
