@@ -7,19 +7,25 @@ from exactivations.lit_modules.extraction import ActivationExtractor, LiveActiva
 from exactivations.lit_modules.models import ModelOptions
 from exactivations.lit_modules.moderation import PrototypeModerator
 from exactivations.lit_modules.probes import ExactProbeSweep, TrainedProbeSweep
+from exactivations.lit_modules.steering import Ablate, Add, Generated, Replace, steering
 from exactivations.lit_modules.verification import verify_store
 
 __all__ = [
+    "Ablate",
     "ActivationExtractor",
+    "Add",
     "CiOptimisation",
     "Decomposition",
     "ExactProbeSweep",
+    "Generated",
     "LiveActivations",
     "LocalAttributor",
     "LogitDiffAmplifier",
     "ModelOptions",
     "PrototypeModerator",
+    "Replace",
     "StandardGeneration",
     "TrainedProbeSweep",
+    "steering",
     "verify_store",
 ]
