@@ -387,6 +387,17 @@ def test_autocast_does_not_round_what_is_projected(model, family, ids, vector):
     assert (state.float() @ vector).abs().max() <= rounding * (state.float().norm(dim=-1) * vector.norm()).max()
 
 
+def test_a_head_that_calls_past_its_body_is_steered(ids, vector):
+    config = transformers.OPTConfig(vocab_size=99, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, ffn_dim=48)
+    torch.manual_seed(0)
+    model = transformers.OPTForCausalLM(config).train(False)  # it runs model.decoder itself
+    handle = hook_on(model, "model.decoder.layers.1", lambda x: x + vector)
+    expected = logits(model, ids)
+    handle.remove()
+    with steering(model, [Add("resid_post.1", vector)]):
+        assert torch.equal(logits(model, ids), expected)
+
+
 @pytest.mark.parametrize("family", ["mamba"])
 def test_a_model_whose_cache_does_not_count_is_steered_everywhere_or_not_at_all(model, ids, vector):
     arguments = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
@@ -508,8 +519,10 @@ def test_a_pass_of_which_the_tokens_are_not_known_is_refused(ids):
 def test_a_point_that_is_not_run_once_in_a_pass_is_refused(ids):
     model = causal("gpt2")
     block = model.transformer.h[0]
-    with steering(model, [Add("resid_post.0", V)]), pytest.raises(InvalidInputError, match="by itself"):
-        block(torch.randn(1, 3, 32))
+    with steering(model, [Add("resid_post.0", V)]):
+        model(ids)
+        with pytest.raises(InvalidInputError, match="by itself"):
+            block(torch.randn(1, 3, 32))
     with steering(model, [Add("resid_post.1", V)]):
         model.transformer.h[1] = block  # not run any more
         with pytest.raises(InvalidInputError, match=r"did not reach resid_post\.1"):
