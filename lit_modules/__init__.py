@@ -1,6 +1,6 @@
 """LightningModules: what is computed, and the model-side helpers that they need.
 
-Here are the names of extraction and probes; moderation, amplification, decomposition and attribution have theirs in their folders.
+Here are the names of extraction and probes; the other systems have theirs in their folders.
 """
 
 from exactivations.lit_modules.extraction import ActivationExtractor, LiveActivations, activations

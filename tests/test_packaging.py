@@ -14,9 +14,9 @@ import pytest
 
 # Ground first.
 FOLDERS = [
-    "store", "datamodules", "lit_modules", "lit_modules/models", "lit_modules/extraction", "lit_modules/verification",
-    "lit_modules/probes", "lit_modules/moderation", "lit_modules/amplification", "lit_modules/decomposition",
-    "lit_modules/attribution", "callbacks", "scripts",
+    "store", "datamodules", "lit_modules", "lit_modules/models", "lit_modules/extraction", "lit_modules/steering",
+    "lit_modules/verification", "lit_modules/probes", "lit_modules/moderation", "lit_modules/amplification",
+    "lit_modules/decomposition", "lit_modules/attribution", "callbacks", "scripts",
 ]  # fmt: skip
 ROOT = Path(__file__).parent.parent
 

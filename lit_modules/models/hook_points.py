@@ -1,4 +1,4 @@
-"""Hook points: their names, where they are in a model of any architecture, and reading them during a forward pass.
+"""Hook points: their names, where they are in a model of any architecture, reading and changing them during a forward pass.
 
 Names: `embed` (the state that enters block 0), `resid_post.3` (block 3's output, before any final norm), `attn_out.3` and
 `mlp_out.3` (what these two modules of block 3 put out, before the block does anything else with it), `final_norm` (after the
@@ -261,6 +261,56 @@ def reading(
             else:
                 handles.append(module.register_forward_hook(hook_for(point), with_kwargs=True))
         yield run
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Editor:
+    """A hook that puts another state in the place of a module's; a class, by which those of `with` blocks around are known."""
+
+    def __init__(self, point: HookPoint, edit: Callable[[str, Tensor], Tensor]) -> None:
+        self._point, self._edit = point, edit
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *output: Any) -> Any:
+        """Returns what is to be in the place of (args, kwargs), or of the output, which it leaves as it is."""
+        if not self._point.reads_input:
+            return self._edited(output[0])
+        if args:
+            return (self._edited(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._edited(kwargs.get("hidden_states"))}
+
+    def _edited(self, value: Any) -> Any:
+        state = self._edit(self._point.name, _first_tensor(self._point, value))
+        if isinstance(value, Tensor):
+            return state
+        rest = value[1:]
+        return type(value)(state, *rest) if hasattr(value, "_fields") else type(value)([state, *rest])
+
+
+@contextmanager
+def editing(model: nn.Module, hook_points: list[HookPoint], edit: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    """Puts `edit(name, state [B, L, D])` in the place of the state at each hook point, in every forward pass inside the block.
+
+    What comes after a hook point gets the new state, and so does every other hook there, whenever it was registered; the model's
+    own tensor must stay as it is. Of nested blocks the outer one's edit comes first. All hooks are removed on leaving.
+
+    Raises:
+        InvalidInputError: During a forward pass, if there is no tensor at a hook point.
+    """
+    handles = []
+    try:
+        for point in hook_points:
+            module, editor = model.get_submodule(point.path), _Editor(point, edit)
+            if point.reads_input:
+                handles.append(module.register_forward_pre_hook(editor, prepend=True, with_kwargs=True))
+            else:
+                handles.append(module.register_forward_hook(editor, prepend=True, with_kwargs=True))
+            hooks: Any = module._forward_pre_hooks if point.reads_input else module._forward_hooks
+            before = [key for key, hook in hooks.items() if isinstance(hook, _Editor) and hook is not editor]
+            for key in reversed(before):
+                hooks.move_to_end(key, last=False)
+        yield
     finally:
         for handle in handles:
             handle.remove()

@@ -79,6 +79,39 @@ class SavedProbes(Saved):
             return scores_of(probe_of_state("linear", self.tensors[STACKED]), stacked_scores(each), None)[0, 0]
         return each[0]
 
+    def direction(self, name: str, of_class: str | None = None) -> Float[Tensor, " d"]:
+        """Returns the direction in which a linear probe's score rises fastest, in the space of the states, of length 1, float32.
+
+        The probe's weights are of standardised rows: here they are divided by the scale. Of more than two classes a class's weights
+        are taken less their mean over classes, which changes no probability.
+
+        Args:
+            name: A vector, "<hook point>/<pooling>"; the direction is one at that hook point, but for poolings that are not linear.
+            of_class: Towards which class; None of two classes, for the second, and of values, for larger ones.
+
+        Raises:
+            InvalidInputError: If there is no such probe or class, the probe is an ensemble or not linear, or has no direction.
+        """
+        if self.vectors_of(name) != [name] or "query" in self.tensors[name] or "hidden_weight" in self.tensors[name]:
+            raise InvalidInputError(
+                f"{name} of {self.path} is no single linear probe and has no one direction: name a vector of a linear kind"
+            )
+        weight = self.tensors[name]["weight"].double() / self.tensors[name]["scale"].double()
+        if of_class is not None and of_class not in self.classes:
+            raise InvalidInputError(
+                f"{self.path} has no class {of_class!r}; it has {', '.join(self.classes) or 'values, no classes'}"
+            )
+        if len(weight) > 1 and of_class is None:
+            raise InvalidInputError(f"{name} of {self.path} has a direction for each class, say which: {', '.join(self.classes)}")
+        if len(weight) > 1:
+            direction = weight[self.classes.index(str(of_class))] - weight.mean(dim=0)
+        else:
+            direction = -weight[0] if of_class is not None and of_class == self.classes[0] else weight[0]
+        if not direction.any():
+            raise InvalidInputError(f"the weights of {name} of {self.path} are all zero: it has no direction")
+        unit: Tensor = direction / direction.norm()
+        return unit.float()
+
     def probabilities(self, name: str, rows: Mapping[str, Tensor], n_tokens: Tensor | None = None) -> Tensor:
         """Returns float64 [n] of the second of two classes, [n, K] of more, or values [n]; see `scores`."""
         return probabilities(self.scores(name, rows, n_tokens), len(self.classes))

@@ -1,6 +1,7 @@
 """A saved probe scores as the one that was tested, and a file that is not whole, or is something else, is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,6 +84,36 @@ def test_what_is_known_of_the_probes_is_in_the_file_and_beside_it_for_people(sav
     for part in ("train", "validation", "test"):
         np.testing.assert_array_equal(getattr(split, part), data.numbers(part))
     assert probes.content["split"] == {"group_column": "module", "shares": [0.6, 0.2, 0.2], "seed": split.seed} and split.seed == 4
+
+
+def test_a_probes_direction_is_where_its_score_rises_fastest(saved):
+    """By automatic differentiation of what it says of rows: the gradient does not depend on where it is taken."""
+    folder, _, data, _, _ = saved
+    probes, name = load_probes(folder), probe_names(data)[0]
+    rows = rows_of(data, [name], "test")[name].double().requires_grad_()
+    scores = probes.scores(name, {name: rows}).double()
+    for number, label in enumerate(probes.classes if len(probes.classes) > 2 else [None]):
+        score = scores[:, 0] if label is None else scores[:, number] - scores.mean(dim=1)
+        (gradient,) = torch.autograd.grad(score.sum(), rows, retain_graph=True)
+        found = probes.direction(name, label)
+        assert found.dtype == torch.float32 and found.shape == gradient[0].shape
+        assert torch.allclose(found.double(), torch.nn.functional.normalize(gradient)[0], atol=1e-5)
+    if len(probes.classes) == 2:
+        assert torch.equal(probes.direction(name, probes.classes[1]), found)
+        assert torch.equal(probes.direction(name, probes.classes[0]), -found)
+    with pytest.raises(InvalidInputError, match="no class 'maybe'"):
+        probes.direction(name, "maybe")
+    with pytest.raises(InvalidInputError, match="no single linear probe"):
+        probes.direction(AVERAGE)
+    for further, message in (({"hidden_weight": rows}, "no single linear probe"), ({"query": rows}, "no single linear probe")):
+        with pytest.raises(InvalidInputError, match=message):
+            replace(probes, tensors={name: probes.tensors[name] | further}).direction(name)
+    nothing = replace(probes, tensors={name: probes.tensors[name] | {"weight": 0 * probes.tensors[name]["weight"]}})
+    with pytest.raises(InvalidInputError, match="all zero"):
+        nothing.direction(name, probes.classes[0] if probes.classes else None)
+    if len(probes.classes) > 2:
+        with pytest.raises(InvalidInputError, match="say which: a, b, c"):
+            probes.direction(name)
 
 
 def test_no_byte_can_be_changed_unseen(saved, tmp_path):
