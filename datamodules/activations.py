@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Sampler
 from exactivations.datamodules.example_order import ExamplesInOrder, ShuffledExamples
 from exactivations.datamodules.example_reading import Steps, WholeVectors, refuse_not_finite_rows
 from exactivations.datamodules.examples import ActivationSource, Examples, IntArray, refuse_other_samples
-from exactivations.datamodules.label_files import column_of
+from exactivations.datamodules.label_files import groups_in
 from exactivations.datamodules.labels import Kind, Labels, TokenLabels, labels_of, token_labels_of
 from exactivations.datamodules.splits import PARTS, Split, split
-from exactivations.datamodules.token_parts import labelled_tokens, rarest_classes
+from exactivations.datamodules.token_parts import content_tokens, labelled_tokens, rarest_classes
 from exactivations.store.errors import InvalidInputError
 
 TRUE_LABELS = "labels"
@@ -142,15 +142,7 @@ class ActivationDataModule(pl.LightningDataModule):
     @cached_property
     def groups(self) -> list[Any]:
         """The group of each sample, by its place in `source.sample_index`; without a column each is its own."""
-        if self.group is None:
-            return list(self.source.sample_index.tolist())
-        groups = list(column_of(self.source, self.group).to_pylist())
-        if None in groups:
-            raise InvalidInputError(
-                f"sample {self.source.sample_index[groups.index(None)]} has nothing in column {self.group!r} "
-                f"({groups.count(None):,} of {len(groups):,} samples): every sample needs a group"
-            )
-        return groups
+        return groups_in(self.source, self.group)
 
     @cached_property
     def split(self) -> Split:
@@ -297,7 +289,7 @@ class ActivationDataModule(pl.LightningDataModule):
         """
         n_tokens, of_rows = None, numbers
         if self.over_tokens:
-            of_rows, n_tokens = self._content_tokens(numbers)
+            of_rows, n_tokens = content_tokens(self.source, numbers)
         rows = {name: self._rows(name, of_rows) for name in names}
         at = np.searchsorted(self.numbers(part), numbers)
         assert np.array_equal(self.numbers(part).take(at, mode="clip"), numbers), f"examples that are not all of {part}"
@@ -313,15 +305,6 @@ class ActivationDataModule(pl.LightningDataModule):
         places = np.searchsorted(self.source.token_start, numbers, side="right") - 1 if per_token else numbers
         refuse_not_finite_rows(name, rows, self.source.sample_index[places])
         return rows
-
-    def _content_tokens(self, places: IntArray) -> tuple[IntArray, Tensor]:
-        """Returns the numbers of the content tokens of samples, and how many each has."""
-        start = self.source.token_start
-        all_tokens = [np.arange(start[place], start[place + 1]) for place in places]
-        tokens = np.concatenate([np.empty(0, dtype=np.int64), *all_tokens])
-        content = self.source.are_content(tokens).numpy()
-        owner = np.repeat(np.arange(len(places)), [len(numbers) for numbers in all_tokens])
-        return tokens[content], torch.from_numpy(np.bincount(owner[content], minlength=len(places)))
 
 
 def _deals_again(trainer: pl.Trainer) -> bool:

@@ -15,8 +15,9 @@ from exactivations.lit_modules.probes.probe_file import PROBES_FILE, load_probes
 from exactivations.lit_modules.probes.probe_metrics import threshold_at_fpr
 from exactivations.store.errors import CorruptShardError, InvalidInputError, StoreError
 from exactivations.store.shard import open_shard, write_shard
-from tests.lit_modules.probe_stores import STRENGTHS, demo_like, run, write_rows
+from tests.lit_modules.probe_stores import STRENGTHS, N, demo_like, run, write_rows
 
+HASHES = [f"{place:032x}" for place in range(N)]
 KINDS = {"label": "logistic", "kind": "mass-mean", "value": "ridge"}
 
 
@@ -25,7 +26,7 @@ def saved(tmp_path_factory, request):
     """A folder of probes, the sweep and the data that they are of, the ensembles' scores, and the results."""
     label, path = request.param, tmp_path_factory.mktemp("runs")
     rows, columns = demo_like()
-    store = write_rows(path / "demo", rows, sample_index=range(7, 7 + 2 * len(columns["label"]), 2), **columns)
+    store = write_rows(path / "demo", rows, sample_index=range(7, 7 + 2 * len(columns["label"]), 2), token_hash=HASHES, **columns)
     data = ActivationDataModule(store, label, group="module", others={"untrained": store}, seed=4, names=list(rows)[1:3])
     data.add("baseline: bag", store.pooled("resid_post.0", "mean"))
     sweep = run(data, ExactProbeSweep(KINDS[label], STRENGTHS))
@@ -124,15 +125,15 @@ def test_other_files_and_probes_that_are_not_there_are_refused(saved, tmp_path):
     with pytest.raises(StoreError, match="does not exist: name what `exactivations probe` wrote"):
         load_probes(tmp_path)
     tensors, content = open_shard(folder / PROBES_FILE)
-    for changes in ({"kind": "means"}, {"format_version": 2}):
+    for changes in ({"kind": "means"}, {"format_version": 1}):
         write_shard(tmp_path / PROBES_FILE, tensors, {key: v for key, v in content.items() if key != "checksum"} | changes)
-        with pytest.raises(StoreError, match="holds no probes of version 1"):
+        with pytest.raises(StoreError, match="holds no probes of version 2"):
             load_probes(tmp_path)
 
 
 def test_one_vector_alone_has_no_ensembles(tmp_path):
     rows, columns = demo_like()
-    store = write_rows(tmp_path / "demo", rows, **columns)
+    store = write_rows(tmp_path / "demo", rows, token_hash=HASHES, **columns)
     data = ActivationDataModule(store, "label", group="module", names=["resid_post.2/mean"])
     sweep = run(data)
     save_probes(tmp_path / "probes", sweep, data, evaluate(sweep, data, bootstrap=Bootstrap(50)), store.info, None)
