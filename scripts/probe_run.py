@@ -139,6 +139,8 @@ def fit(training: Training, data: ActivationDataModule, folder: Path) -> tuple[P
             f"{n_probes:,} probes: {len(data.names)} vectors x {len(sweep.settings)} settings x {len(data.variants)} variants of "
             f"the labels; {data.unit}s: {parts}"
         )
+        if data.split_column is not None or data.split_file is not None:
+            print(f"parts are {data.how_split}")
     with named_to_children():
         trainer.fit(sweep, datamodule=data)
     trainer.test(sweep, datamodule=data, verbose=False)
@@ -189,7 +191,7 @@ def _how(sweep: ProbeSweep, data: ActivationDataModule, store: ActivationStore) 
             if len(strengths) > 1 and at_end
             else []
         ),
-        f"Parts: shares {', '.join(f'{share:g}' for share in data.shares)}, seed {data.seed}; who is where: split.json.",
+        f"Parts: {data.how_split}; who is where: split.json.",
     ]
 
 

@@ -175,7 +175,7 @@ def save_probes(
         },
         "ensemble_of": names if stacking is not None else [],
         "threshold_max_fpr": MAX_FPR,
-        "split": {"group_column": data.group, "shares": list(data.shares), "seed": data.seed},
+        "split": {"group_column": data.group, "shares": list(data.split.shares), "seed": data.seed, "how": data.how_split},
         "identity": origin_of(info.present_identity, [where[0] for where in points.values()]),
         "about": info.about,
         "run": {"title": data.source.title, "fingerprint": info.fingerprint, "dataset": info.identity["dataset"]},

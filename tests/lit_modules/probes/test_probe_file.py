@@ -83,7 +83,9 @@ def test_what_is_known_of_the_probes_is_in_the_file_and_beside_it_for_people(sav
     split = Split.from_json(json.loads((folder / "split.json").read_text()), data.source.sample_index)
     for part in ("train", "validation", "test"):
         np.testing.assert_array_equal(getattr(split, part), data.numbers(part))
-    assert probes.content["split"] == {"group_column": "module", "shares": [0.6, 0.2, 0.2], "seed": split.seed} and split.seed == 4
+    how = "shares 0.6, 0.2, 0.2, seed 4"
+    assert probes.content["split"] == {"group_column": "module", "shares": [0.6, 0.2, 0.2], "seed": split.seed, "how": how}
+    assert split.seed == 4
 
 
 def test_no_byte_can_be_changed_unseen(saved, tmp_path):
