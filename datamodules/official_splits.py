@@ -59,7 +59,7 @@ def official_split(
         if name != "validation" and not (part == number).any():
             raise InvalidInputError(f"{column!r} says of no sample that it is in {name}: there is nothing to {name} on")
     units = np.arange(len(labels)) if groups is None else group_numbers(groups, len(labels), group_column)
-    of_unit = {}
+    of_unit: dict[int, tuple[int, int]] = {}  # the part and the first sample of each
     for unit, number, index in zip(units.tolist(), part.tolist(), sample_index.tolist(), strict=True):
         if of_unit.setdefault(unit, (number, index))[0] != number:
             first, other = of_unit[unit]
