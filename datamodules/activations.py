@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader, Sampler
 from exactivations.datamodules.example_order import ExamplesInOrder, ShuffledExamples
 from exactivations.datamodules.example_reading import Steps, WholeVectors, refuse_not_finite_rows
 from exactivations.datamodules.examples import ActivationSource, Examples, IntArray, refuse_other_samples
-from exactivations.datamodules.label_files import column_of
+from exactivations.datamodules.label_files import column_of, groups_in
 from exactivations.datamodules.labels import Kind, Labels, TokenLabels, labels_of, token_labels_of
+from exactivations.datamodules.official_splits import official_split, parts_of, read_split
 from exactivations.datamodules.splits import PARTS, Split, split
-from exactivations.datamodules.token_parts import labelled_tokens, rarest_classes
+from exactivations.datamodules.token_parts import content_tokens, labelled_tokens, rarest_classes
 from exactivations.store.errors import InvalidInputError
 
 TRUE_LABELS = "labels"
@@ -41,6 +42,8 @@ class ActivationDataModule(pl.LightningDataModule):
         over_tokens: Give each sample's label with the rows of its content tokens, for an attention probe; needs `batch_size`.
         names: Which activations; None takes all that fit the unit.
         group: The column of which no value is to be in two parts; None lets every sample go alone.
+        split_column: The column that says which part a sample is in, see `official_split`; None draws the parts.
+        split_file: The split.json of an earlier run over the same samples, instead; see `Split.from_json`.
         shares: Of train, validation and test.
         seed: Of the split, of shuffled labels, and of the order in training.
         n_shuffles: How many variants there are, beside the true labels, in which they are shuffled within each part.
@@ -64,6 +67,8 @@ class ActivationDataModule(pl.LightningDataModule):
         over_tokens: bool = False,
         names: Sequence[str] | None = None,
         group: str | None = None,
+        split_column: str | None = None,
+        split_file: str | Path | None = None,
         shares: Sequence[float] = (0.6, 0.2, 0.2),
         seed: int = 0,
         n_shuffles: int = 0,
@@ -78,6 +83,9 @@ class ActivationDataModule(pl.LightningDataModule):
             raise InvalidInputError("samples with the rows of all their tokens come in steps: give a batch_size")
         if batch_size is not None and batch_size < 1:
             raise InvalidInputError(f"batch_size must be at least 1, got {batch_size}")
+        if split_column is not None and split_file is not None:
+            raise InvalidInputError("the parts are those of a column or of a file: name split_column or split_file, not both")
+        self.split_column, self.split_file = split_column, split_file
         self.source, self.others = source, dict(others or {})
         self.label, self.label_file, self.label_kind = label, label_file, label_kind
         self.unit, self.over_tokens = unit, over_tokens
@@ -142,28 +150,41 @@ class ActivationDataModule(pl.LightningDataModule):
     @cached_property
     def groups(self) -> list[Any]:
         """The group of each sample, by its place in `source.sample_index`; without a column each is its own."""
-        if self.group is None:
-            return list(self.source.sample_index.tolist())
-        groups = list(column_of(self.source, self.group).to_pylist())
-        if None in groups:
-            raise InvalidInputError(
-                f"sample {self.source.sample_index[groups.index(None)]} has nothing in column {self.group!r} "
-                f"({groups.count(None):,} of {len(groups):,} samples): every sample needs a group"
-            )
-        return groups
+        return groups_in(self.source, self.group)
 
     @cached_property
     def split(self) -> Split:
         """The parts, as places in `source.sample_index`."""
+        return self._split_and_how[0]
+
+    @property
+    def how_split(self) -> str:
+        """Where the parts are from, in words; also whether validation was drawn from an official train part."""
+        return self._split_and_how[1]
+
+    @cached_property
+    def _split_and_how(self) -> tuple[Split, str]:
         labels = self.labels
         if isinstance(labels, TokenLabels):
             strata: Any = rarest_classes(labels)
         else:
             strata = labels.values if labels.numbers is None else labels.numbers
-        return split(
-            strata, None if self.group is None else self.groups, shares=self.shares, seed=self.seed,
-            group_column=self.group, classes=labels.classes or None,
-        )  # fmt: skip
+        groups, classes = None if self.group is None else self.groups, labels.classes or None
+        if self.split_column is not None or self.split_file is not None:
+            if self.split_column is not None:
+                values, where, how = column_of(self.source, self.split_column).to_pylist(), self.split_column, "column"
+            else:
+                assert self.split_file is not None
+                recorded = read_split(self.split_file, self.source.sample_index)
+                values, where, how = parts_of(recorded), str(self.split_file), "file"
+            found, is_drawn = official_split(
+                values, strata, groups, column=where, sample_index=self.source.sample_index, shares=self.shares, seed=self.seed,
+                group_column=self.group, classes=classes, every_class=self.unit == "sample",  # of tokens see `labelled_tokens`
+            )  # fmt: skip
+            drawn = f"; validation, of which it has none, was drawn from its train part (seed {self.seed})" if is_drawn else ""
+            return found, f"those of {how} {where!r}{drawn}"
+        drawn_split = split(strata, groups, shares=self.shares, seed=self.seed, group_column=self.group, classes=classes)
+        return drawn_split, f"shares {', '.join(f'{share:g}' for share in self.shares)}, seed {self.seed}"
 
     @property
     def names(self) -> list[str]:
@@ -297,7 +318,7 @@ class ActivationDataModule(pl.LightningDataModule):
         """
         n_tokens, of_rows = None, numbers
         if self.over_tokens:
-            of_rows, n_tokens = self._content_tokens(numbers)
+            of_rows, n_tokens = content_tokens(self.source, numbers)
         rows = {name: self._rows(name, of_rows) for name in names}
         at = np.searchsorted(self.numbers(part), numbers)
         assert np.array_equal(self.numbers(part).take(at, mode="clip"), numbers), f"examples that are not all of {part}"
@@ -313,15 +334,6 @@ class ActivationDataModule(pl.LightningDataModule):
         places = np.searchsorted(self.source.token_start, numbers, side="right") - 1 if per_token else numbers
         refuse_not_finite_rows(name, rows, self.source.sample_index[places])
         return rows
-
-    def _content_tokens(self, places: IntArray) -> tuple[IntArray, Tensor]:
-        """Returns the numbers of the content tokens of samples, and how many each has."""
-        start = self.source.token_start
-        all_tokens = [np.arange(start[place], start[place + 1]) for place in places]
-        tokens = np.concatenate([np.empty(0, dtype=np.int64), *all_tokens])
-        content = self.source.are_content(tokens).numpy()
-        owner = np.repeat(np.arange(len(places)), [len(numbers) for numbers in all_tokens])
-        return tokens[content], torch.from_numpy(np.bincount(owner[content], minlength=len(places)))
 
 
 def _deals_again(trainer: pl.Trainer) -> bool:

@@ -80,6 +80,23 @@ def column_of(store: ActivationSource, column: str) -> pa.ChunkedArray:
     return store.samples.column(column)
 
 
+def groups_in(store: ActivationSource, column: str | None) -> list[Any]:
+    """Returns the group of each sample in a kept column, in the order of store.sample_index; without one each sample is its own.
+
+    Raises:
+        InvalidInputError: If there is no such column, or a sample has nothing there.
+    """
+    if column is None:
+        return list(store.sample_index.tolist())
+    groups = list(column_of(store, column).to_pylist())
+    if None in groups:
+        raise InvalidInputError(
+            f"sample {store.sample_index[groups.index(None)]} has nothing in column {column!r} "
+            f"({groups.count(None):,} of {len(groups):,} samples): every sample needs a group"
+        )
+    return groups
+
+
 def label_column(store: ActivationSource, label: str, file: str | Path | None) -> LabelColumn:
     """Returns the labels of all samples of a store, from a kept column or from a file (see `labels_of`).
 

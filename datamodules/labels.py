@@ -1,7 +1,7 @@
 """Labels of a store's samples or tokens: as class numbers, or as real values."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,6 +142,44 @@ def token_labels_of(store: ActivationSource, label: str, file: str | Path | None
     )
 
 
+def class_numbers(
+    store: ActivationSource, label: str, file: str | Path | None, classes: Sequence[str], of: str, *, per_token: bool = False
+) -> IntArray:
+    """Returns the number of each sample's class among classes that are known already, int64 [n]; not all need be there.
+
+    Args:
+        store: The store.
+        label: As in `labels_of`.
+        file: As in `labels_of`.
+        classes: The names of the known ones, in their order.
+        of: What knows them, for messages.
+        per_token: Of each token [T], and -1 where it is not labelled; see `token_labels_of`.
+
+    Raises:
+        InvalidInputError: If there is a label of another class, and as in `labels_of` and `token_labels_of`, but that samples (not
+            tokens) may all have the same label.
+    """
+    if per_token:
+        of_tokens = token_labels_of(store, label, file)
+        named, numbers = of_tokens.classes, of_tokens.numbers
+    else:
+        entries = list(label_column(store, label, file))
+        if all(entry == entries[0] for entry in entries):
+            named, numbers = [str(entries[0])], np.zeros(len(entries), dtype=np.int64)
+        else:
+            of_samples = labels_of(store, label, file, kind="classes")
+            assert of_samples.numbers is not None  # they are classes
+            named, numbers = of_samples.classes, of_samples.numbers
+    unknown = [name for name in named if name not in classes]
+    if unknown:
+        raise InvalidInputError(
+            f"{store.title}: label {label!r} has the class {unknown[0]!r} (of {_listed(named)}), and {of} knows "
+            f"{_listed(classes)} only: name the column or file whose labels say the same, spelled alike"
+        )
+    known = np.array([classes.index(name) for name in named], dtype=np.int64)
+    return np.where(numbers == NOT_LABELLED, NOT_LABELLED, known[numbers])
+
+
 class _Found:
     """What different labels were found, numbered as they came, and what is wrong with them."""
 
@@ -221,6 +259,10 @@ def _values(column: LabelColumn, found: _Found, entries: list[Any]) -> FloatArra
         raise InvalidInputError(f'{column.source}: real values must be numbers, but {other[0]}: use kind="classes"')
     found.check_exact()
     return np.array(entries, dtype=np.float64)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:10])) + (f" and {len(names) - 10:,} more" if len(names) > 10 else "")
 
 
 def _token(index: int, at: int) -> str:

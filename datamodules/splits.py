@@ -134,13 +134,13 @@ def split(
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
         raise InvalidInputError(f"the seed must be a whole number of at least 0, got {seed!r}")
     is_class = _check_labels(labels)
-    units = None if groups is None else _numbers_of(groups, len(labels), group_column)
+    units = None if groups is None else group_numbers(groups, len(labels), group_column)
     n_units = len(labels) if units is None else int(units.max(initial=-1)) + 1
     if n_units < len(PARTS):
         what = "samples" if units is None else f"groups{_named(group_column)}"
         hint = "" if units is None else ", or another group column"
         raise InvalidInputError(f"there are {n_units} {what}, which cannot make three parts: at least three are needed{hint}")
-    strata = np.unique(labels if is_class else _bins(labels, n_units), return_inverse=True)[1]
+    strata = np.unique(strata_of(labels, n_units), return_inverse=True)[1]
     dice = np.random.default_rng(int(seed))
     part = deal_samples(strata, wanted, dice) if units is None else deal_groups(strata, units, wanted, dice)
     if is_class:
@@ -209,6 +209,16 @@ def _check_labels(labels: IntArray | FloatArray) -> bool:
     return bool(labels.dtype.kind != "f")
 
 
+def strata_of(labels: IntArray | FloatArray, n_units: int) -> IntArray | FloatArray:
+    """Returns what is to be spread over parts: class numbers as they are, or the quantile bins of real values [n].
+
+    Args:
+        labels: int64 or float [n].
+        n_units: How many groups (or samples, without) there are.
+    """
+    return _bins(labels, n_units) if labels.dtype.kind == "f" else labels
+
+
 def _bins(values: IntArray | FloatArray, n_units: int) -> IntArray:
     """Returns the quantile bin of each value; equal values are in the same one."""
     n_bins = max(1, min(MOST_BINS, n_units // UNITS_OF_BIN))
@@ -217,8 +227,12 @@ def _bins(values: IntArray | FloatArray, n_units: int) -> IntArray:
     return bins
 
 
-def _numbers_of(groups: Sequence[Any] | npt.NDArray[Any], n: int, column: str | None) -> IntArray:
-    """Returns the number of each sample's group [n], in the order of the groups' values."""
+def group_numbers(groups: Sequence[Any] | npt.NDArray[Any], n: int, column: str | None) -> IntArray:
+    """Returns the number of each sample's group, int64 [n], in the order of the groups' values.
+
+    Raises:
+        InvalidInputError: If there are more or fewer groups than n, a sample has none, or they are of mixed types.
+    """
     values = groups.tolist() if isinstance(groups, np.ndarray) else list(groups)
     if len(values) != n:
         raise InvalidInputError(f"there are {len(values):,} groups{_named(column)} for {n:,} labels: each sample needs one")

@@ -1,8 +1,10 @@
-"""Labels of tokens and parts of samples: which tokens are in which part, and how rare classes come into all of them."""
+"""Tokens of parts of samples: which labelled ones are in which part, how rare classes come into all, and which are content."""
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from exactivations.datamodules.examples import IntArray
+from exactivations.datamodules.examples import ActivationSource, IntArray
 from exactivations.datamodules.labels import NOT_LABELLED, TokenLabels
 from exactivations.datamodules.splits import PARTS, Split
 from exactivations.store.errors import InvalidInputError
@@ -43,6 +45,21 @@ def labelled_tokens(labels: TokenLabels, split: Split) -> dict[str, IntArray]:
                 f"no token of class {labels.classes[absent[0]]!r} of {labels.name} is in {part}: take another seed or share"
             )
     return found
+
+
+def content_tokens(source: ActivationSource, places: IntArray) -> tuple[IntArray, Tensor]:
+    """Returns the numbers of the content tokens of samples, sample after sample, and how many each has, int64 [n].
+
+    Args:
+        source: Whose.
+        places: int64 [n], of the samples in `source.sample_index`.
+    """
+    start = source.token_start
+    all_tokens = [np.arange(start[place], start[place + 1]) for place in places]
+    tokens = np.concatenate([np.empty(0, dtype=np.int64), *all_tokens])
+    content = source.are_content(tokens).numpy()
+    owner = np.repeat(np.arange(len(places)), [len(numbers) for numbers in all_tokens])
+    return tokens[content], torch.from_numpy(np.bincount(owner[content], minlength=len(places)))
 
 
 def _samples(labels: TokenLabels) -> IntArray:

@@ -28,6 +28,7 @@ from exactivations.scripts.means_results import means_export, means_from_store, 
 from exactivations.scripts.moderate import moderate_curve, moderate_fit, moderate_score, moderate_test
 from exactivations.scripts.optimise_ci import optimise_ci
 from exactivations.scripts.probe import probe
+from exactivations.scripts.probe_test import probe_test
 from exactivations.scripts.score import score
 from exactivations.scripts.serve import serve
 from exactivations.scripts.show import show
@@ -64,6 +65,7 @@ COMMANDS: dict[str, Callable[..., Any] | dict[str, Callable[..., Any]]] = {
     "doctor": doctor,
     "means": MEANS,
     "probe": probe,
+    "probe-test": probe_test,
     "score": score,
     "moderate": MODERATE,
     "decompose": decompose,

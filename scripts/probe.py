@@ -18,6 +18,8 @@ def probe(
     kind: Literal["logistic", "mass-mean", "ridge", "mlp", "attention"] = "logistic",
     strengths: list[float] | None = None,
     balanced: bool = False,
+    split_column: str | None = None,
+    split_file: str | None = None,
     shares: list[float] | None = None,
     seed: int = 0,
     shuffles: int = 3,
@@ -53,6 +55,9 @@ def probe(
         strengths: The larger, the less regularised: scikit-learn's C, or 1 / alpha. Default: 1e-5 to 100; of what is trained in
             steps, 0.001, 0.1 and 10.
         balanced: Weigh samples so that all classes weigh the same.
+        split_column: Column that says which part a sample is in: train, validation (valid, val, dev) or test. Without validation it
+            is drawn from train. Default: parts are drawn.
+        split_file: The split.json of an earlier run over the same samples, for the same parts again.
         shares: Of train, validation and test. Default: 0.6 0.2 0.2.
         seed: Of the split and the shuffles.
         shuffles: So many times everything is done with shuffled labels as well.
@@ -95,7 +100,8 @@ def probe(
     data = ActivationDataModule(
         store, label, label_file=label_file,
         label_kind="values" if kind == "ridge" else label_kind, unit=unit, over_tokens=kind == "attention", names=vectors,
-        group=group, shares=shares or (0.6, 0.2, 0.2), seed=seed, n_shuffles=shuffles, others=others,
+        group=group, split_column=split_column, split_file=split_file,
+        shares=shares or (0.6, 0.2, 0.2), seed=seed, n_shuffles=shuffles, others=others,
         batch_size=training.examples_of_step,
     )  # fmt: skip
     data.setup()

@@ -29,7 +29,7 @@ from exactivations.lit_modules.probes.linear_probes import logistic_probes, stan
 from exactivations.lit_modules.probes.probe_evaluation import Benign, Bootstrap, Scored, chosen_vector, evaluate, probe_names
 from exactivations.lit_modules.probes.probe_file import save_probes
 from exactivations.lit_modules.probes.probe_heads import scores_of
-from exactivations.lit_modules.probes.probe_results import BASELINE, CONTROL_TASK
+from exactivations.lit_modules.probes.probe_results import BASELINE, CONTROL_TASK, LENGTH
 from exactivations.lit_modules.probes.probe_sweep import ProbeSweep
 from exactivations.lit_modules.probes.trained_probes import STRENGTHS as STRENGTHS_IN_STEPS
 from exactivations.lit_modules.probes.trained_probes import TrainedProbeSweep
@@ -42,7 +42,7 @@ from exactivations.store.means_file import origin_of, refuse_another_origin
 from exactivations.store.shard import write_text_atomically
 
 EXAMPLES_OF_STEP = 256  # of an mlp or attention probe, where no number was given
-LENGTH, BAG, IDENTITY = f"{BASELINE}length", f"{BASELINE}bag of tokens", f"{BASELINE}token and the one before"
+BAG, IDENTITY = f"{BASELINE}bag of tokens", f"{BASELINE}token and the one before"
 MOST_TOKENS_OF_BAG = 4096
 
 
@@ -139,6 +139,8 @@ def fit(training: Training, data: ActivationDataModule, folder: Path) -> tuple[P
             f"{n_probes:,} probes: {len(data.names)} vectors x {len(sweep.settings)} settings x {len(data.variants)} variants of "
             f"the labels; {data.unit}s: {parts}"
         )
+        if data.split_column is not None or data.split_file is not None:
+            print(f"parts are {data.how_split}")
     with named_to_children():
         trainer.fit(sweep, datamodule=data)
     trainer.test(sweep, datamodule=data, verbose=False)
@@ -167,7 +169,7 @@ def finish(
         results.warnings.append(
             f"{results.best_baseline!r} was probed by mass-mean, too: by --kind logistic the words may tell more"
         )
-    save_probes(folder, sweep, data, results, store.info, stacking)
+    save_probes(folder, sweep, data, results, store.info, stacking, negatives)
     write_text_atomically(folder / "metrics.json", json.dumps(results.to_json(), indent=1) + "\n")
     layers_plot(results, folder / "layers.png")
     write_text_atomically(folder / "report.md", probe_report(results, how=_how(sweep, data, store)))
@@ -189,7 +191,7 @@ def _how(sweep: ProbeSweep, data: ActivationDataModule, store: ActivationStore) 
             if len(strengths) > 1 and at_end
             else []
         ),
-        f"Parts: shares {', '.join(f'{share:g}' for share in data.shares)}, seed {data.seed}; who is where: split.json.",
+        f"Parts: {data.how_split}; who is where: split.json.",
     ]
 
 

@@ -1,9 +1,7 @@
 """moderator.safetensors: prototypes and mixtures, and all that is needed to apply them and to refuse what is not theirs."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,15 +20,15 @@ from exactivations.lit_modules.moderation.prototype_moderator import PrototypeMo
 from exactivations.lit_modules.moderation.prototypes import Prototypes
 from exactivations.lit_modules.probes.probe_results import MAX_FPR
 from exactivations.lit_modules.probes.saved_file import Saved, write_saved
+from exactivations.lit_modules.probes.seen_samples import SEEN, SEEN_GROUPS, SeenSamples, group_hashes, token_hashes
 from exactivations.store.described_file import read_described
 from exactivations.store.errors import InvalidInputError
-from exactivations.store.means_file import MODEL_ABOUT, at_points, hashes_as_bytes, keys_of, refuse_another_origin
+from exactivations.store.means_file import MODEL_ABOUT, at_points, refuse_another_origin
 from exactivations.store.run_folder import fingerprint_of
 
 KIND, COMMAND = "moderator", "moderate fit"
 MODERATOR_FILE = f"{KIND}.safetensors"
 FORMAT_VERSION = 2
-SEEN, SEEN_GROUPS = "seen_token_hash//", "seen_group_hash"
 
 
 @dataclass(frozen=True)
@@ -69,6 +67,13 @@ class SavedModerator(Saved):
         """Returns the log-odds above which at most 1 % of validation's negatives lie; None of more than two classes."""
         value = self.content["moderators"][name]["threshold"]
         return None if value is None else float(value)
+
+    def seen_samples(self, source: Aggregations) -> SeenSamples:
+        """Returns what it was made of or chosen on, of runs with the template of a source: others have other tokens."""
+        template = template_of(source.sources[0].info)
+        seen = [hashes for run, hashes in zip(self.content["runs"], self.seen, strict=True) if run["template"] == template]
+        tokens = np.concatenate([np.empty((0, 16), dtype=np.uint8), *seen])
+        return SeenSamples(self.name, tokens, self.seen_groups, self.group_column)
 
     def refuse_another(self, source: Aggregations, name: str) -> None:
         """Refuses activations that are not of this model, tokenizer and aggregation.
@@ -141,9 +146,9 @@ def save_moderator(
         tensors |= {f"{name}//weight": mixture.weights.weight, f"{name}//bias": mixture.weights.bias}
     seen = np.sort(np.concatenate([data.numbers("train"), data.numbers("validation")]))
     for number, one in enumerate(source.sources):
-        tensors[f"{SEEN}{number}"] = torch.from_numpy(hashes_as_bytes(column_of(one, "token_hash").take(seen).to_pylist()))
+        tensors[f"{SEEN}//{number}"] = torch.from_numpy(token_hashes(one, seen))
     if data.group is not None:
-        tensors[SEEN_GROUPS] = torch.from_numpy(_group_hashes([*data.groups_of("train"), *data.groups_of("validation")]))
+        tensors[SEEN_GROUPS] = torch.from_numpy(group_hashes([*data.groups_of("train"), *data.groups_of("validation")]))
     info = source.sources[0].info
     content = {
         "name": f"{data.label}-{mark[:16]}",
@@ -201,39 +206,6 @@ def load_moderator(path: str | Path) -> SavedModerator:
         )
         for name, known in content["mixtures"].items()
     }  # fmt: skip
-    seen = [tensors[f"{SEEN}{number}"].numpy() for number in range(len(content["runs"]))]
+    seen = [tensors[f"{SEEN}//{number}"].numpy() for number in range(len(content["runs"]))]
     groups = tensors.get(SEEN_GROUPS)
     return SavedModerator(path, content, PrototypeGrid(prototypes, mixtures), seen, None if groups is None else groups.numpy())
-
-
-def seen_samples(saved: SavedModerator, source: Aggregations) -> npt.NDArray[np.bool_]:
-    """Returns bool [n], which samples of a source have the tokens of one that the moderator was made of or chosen on.
-
-    Tokens are held against those of runs with the same template.
-    """
-    template = template_of(source.sources[0].info)
-    seen = [hashes for run, hashes in zip(saved.content["runs"], saved.seen, strict=True) if run["template"] == template]
-    keys = keys_of(np.concatenate([np.empty((0, 16), dtype=np.uint8), *seen]))
-    return np.isin(keys_of(hashes_as_bytes(column_of(source, "token_hash").to_pylist())), keys)
-
-
-def of_seen_groups(saved: SavedModerator, groups: Sequence[Any]) -> npt.NDArray[np.bool_]:
-    """Returns bool [n], which samples are of a group that the moderator was made of or chosen on; none if it knew no groups.
-
-    Args:
-        saved: The moderator.
-        groups: Of each sample, in the moderator's `group_column`. 3 and "3" are the same group.
-    """
-    if saved.seen_groups is None:
-        return np.zeros(len(groups), dtype=np.bool_)
-    seen = set(map(bytes, saved.seen_groups))
-    return np.array([_group_hash(group) in seen for group in groups], dtype=np.bool_)
-
-
-def _group_hash(group: Any) -> bytes:
-    return xxhash.xxh3_128(str(group).encode()).digest()
-
-
-def _group_hashes(groups: Sequence[Any]) -> npt.NDArray[np.uint8]:
-    """Returns the hashes of different groups, uint8 [m, 16], ascending."""
-    return np.frombuffer(b"".join(sorted(set(map(_group_hash, groups)))), dtype=np.uint8).reshape(-1, 16).copy()

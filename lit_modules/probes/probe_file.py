@@ -4,28 +4,32 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from exactivations.datamodules.activations import ActivationDataModule
+from exactivations.datamodules.examples import ActivationSource
 from exactivations.lit_modules.extraction.run_description import versions
 from exactivations.lit_modules.probes.layer_ensembles import AVERAGE, STACKED, average_of, stacked_scores
 from exactivations.lit_modules.probes.linear_probes import LinearProbes
 from exactivations.lit_modules.probes.probe_evaluation import probe_names
 from exactivations.lit_modules.probes.probe_heads import probe_of_state, scores_of
 from exactivations.lit_modules.probes.probe_metrics import threshold_at_fpr
-from exactivations.lit_modules.probes.probe_results import MAX_FPR, ProbeResults
+from exactivations.lit_modules.probes.probe_results import LENGTH, MAX_FPR, ProbeResults
 from exactivations.lit_modules.probes.probe_scores import probabilities
 from exactivations.lit_modules.probes.probe_sweep import ProbeSweep
 from exactivations.lit_modules.probes.saved_file import Saved, write_saved
+from exactivations.lit_modules.probes.seen_samples import SEEN, SEEN_GROUPS, SeenSamples, group_hashes, token_hashes
 from exactivations.store.described_file import read_described
 from exactivations.store.errors import InvalidInputError
-from exactivations.store.means_file import origin_of
+from exactivations.store.means_file import at_points, origin_of, refuse_another_origin
 from exactivations.store.run_folder import RunInfo
 
 KIND = "probes"
 PROBES_FILE = f"{KIND}.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,12 @@ class SavedProbes(Saved):
         path: The file they are in.
         content: What is known of them; also in probes.json. `vectors` says of each vector its hook point, pooling, strength,
             validation value and threshold; `best` is the one that validation chose.
-        tensors: By vector and parameter.
+        tensors: By vector and parameter; of the length baseline, too, if it was trained.
+        seen: What they were trained, chosen, or their thresholds fixed on.
     """
 
     tensors: dict[str, dict[str, Tensor]]
+    seen: SeenSamples
 
     @property
     def scored_per_token(self) -> bool:
@@ -63,6 +69,34 @@ class SavedProbes(Saved):
         """Returns the score (log-odds) above which a sample is called positive; None if there is none."""
         value = self.content["vectors"].get(name, {}).get("threshold")
         return None if value is None else float(value)
+
+    def refuse_another(self, source: ActivationSource, info: RunInfo, name: str) -> None:
+        """Refuses stored activations that are not of this model, tokenizer, hook point and pooling.
+
+        Args:
+            source: A store.
+            info: Its description.
+            name: The vector or ensemble that is to be applied to it.
+
+        Raises:
+            InvalidInputError: If the source lacks a vector that `name` needs.
+            IdentityError: If model, tokenizer or dtype are others; every field that differs is named.
+        """
+        vectors = self.vectors_of(name)
+        absent = [vector for vector in vectors if vector not in source.per_token]
+        if absent:
+            raise InvalidInputError(
+                f"{source.title} has no {absent[0]}, which {name} of {self.path} reads ({len(absent)} of {len(vectors)} are "
+                f"absent); it has {', '.join(source.per_token)}: extract the same hook points and poolings"
+            )
+        points = [self.content["vectors"][vector]["hook_point"] for vector in vectors]
+        refuse_another_origin(
+            at_points(self.identity, points), origin_of(info.present_identity, points), source.title, str(self.path)
+        )
+
+    def length_scores(self, rows: Float[Tensor, "n 2"]) -> Float[Tensor, "n k"] | None:
+        """Returns the scores of the length baseline, of what `length_rows` gives; None if it was not trained."""
+        return self._scores_of(LENGTH, rows, None) if LENGTH in self.tensors else None
 
     def scores(self, name: str, rows: Mapping[str, Float[Tensor, "n d"]], n_tokens: Tensor | None = None) -> Float[Tensor, "n k"]:
         """Returns scores float32 of samples or tokens: logits (of two classes: of the second), or values.
@@ -128,6 +162,7 @@ def save_probes(
     results: ProbeResults,
     info: RunInfo,
     stacking: LinearProbes | None,
+    negatives: ActivationSource | None = None,
 ) -> None:
     """Writes probes.safetensors, the same as probes.json for people, and split.json.
 
@@ -138,10 +173,17 @@ def save_probes(
         results: What was found.
         info: The description of the run that the activations are from: `store.info`, or `run_info(…)` for live ones.
         stacking: The stacking probe of all vectors, if there are several; see `ensembles`.
+        negatives: Benign samples that the threshold was fixed on, if there were any: they count as seen.
     """
     names = probe_names(data)
     state = sweep.state()
-    tensors = {f"{name}//{key}": value for name in names for key, value in state[name].items()}
+    kept = [*names, *([LENGTH] if LENGTH in data.names else [])]
+    tensors = {f"{name}//{key}": value for name in kept for key, value in state[name].items()}
+    samples = np.sort(np.concatenate([data.split.train, data.split.validation]))
+    benign = np.empty((0, 16), dtype=np.uint8) if negatives is None else token_hashes(negatives, np.arange(len(negatives)))
+    tensors[SEEN] = torch.from_numpy(np.concatenate([token_hashes(data.source, samples), benign]))
+    if data.group is not None:
+        tensors[SEEN_GROUPS] = torch.from_numpy(group_hashes([data.groups[place] for place in samples.tolist()]))
     if stacking is not None:
         tensors |= {f"{STACKED}//{key}": value for key, value in _parameters(stacking).items()}
     points = {name: name.rpartition("/") for name in names}
@@ -166,7 +208,7 @@ def save_probes(
         },
         "ensemble_of": names if stacking is not None else [],
         "threshold_max_fpr": MAX_FPR,
-        "split": {"group_column": data.group, "shares": list(data.shares), "seed": data.seed},
+        "split": {"group_column": data.group, "shares": list(data.split.shares), "seed": data.seed, "how": data.how_split},
         "identity": origin_of(info.present_identity, [where[0] for where in points.values()]),
         "about": info.about,
         "run": {"title": data.source.title, "fingerprint": info.fingerprint, "dataset": info.identity["dataset"]},
@@ -184,10 +226,12 @@ def load_probes(path: str | Path) -> SavedProbes:
     """
     path, tensors, content = read_described(path, KIND, FORMAT_VERSION, "probe")
     by_vector: dict[str, dict[str, Tensor]] = {}
+    tokens, groups = tensors.pop(SEEN), tensors.pop(SEEN_GROUPS, None)
+    seen = SeenSamples(str(path), tokens.numpy(), None if groups is None else groups.numpy(), content["split"]["group_column"])
     for key, value in tensors.items():
         name, _, parameter = key.rpartition("//")
         by_vector.setdefault(name, {})[parameter] = value
-    return SavedProbes(path, content, by_vector)
+    return SavedProbes(path, content, by_vector, seen)
 
 
 def _threshold(sweep: ProbeSweep, data: ActivationDataModule, results: ProbeResults, name: str) -> float | None:

@@ -7,6 +7,7 @@ from exactivations.lit_modules.probes.group_bootstrap import Interval
 
 Role = Literal["probe", "control", "baseline", "ensemble"]
 BASELINE = "baseline: "
+LENGTH = f"{BASELINE}length"
 CONTROL_TASK = "control task"
 UNTRAINED = "untrained"
 MAX_FPR = 0.01

@@ -142,10 +142,52 @@ def test_probes_of_tokens_colour_a_page(run, texts, tmp_path):
     parser = Text()
     parser.feed(page.read_text())
     assert parser.found == "".join(json.loads(line)["text"] for line in texts.read_text().splitlines()[:2])
+    of_test = ["probe-test", str(out), run, "--label-file", str(labels), "--group", "module", "--unseen-only", "--resamples", "50"]
+    main([*of_test, "--out", str(tmp_path / "test")])
+    again = json.loads((tmp_path / "test" / "metrics.json").read_text())
+    tested = next(v for v in metrics["vectors"] if v["name"] == metrics["best"])["test"]
+    assert again["metrics"][metrics["best"]]["auroc"] == tested and again["n_examples"] == metrics["parts"]["test"]["examples"]
     table = tmp_path / "tokens.parquet"
     main(["score", str(out), "--dataset", str(texts), "--num-samples", "2", "--out", str(table)])
     rows = pq.read_table(table).to_pylist()
     assert [len(row["input_ids"]) for row in rows] == [len(row["probability"]) for row in rows]
+
+
+def test_probes_are_tested_on_another_run(probes, run, folder, tmp_path, capsys):
+    others = tmp_path / "others.jsonl"
+    rows = [
+        {
+            "text": f"def g{i}(y):\n" + ('    """Doubles."""\n' if i % 2 else "") + f"    return y * {i}\n",
+            "doc": bool(i % 2),
+            "module": f"o{i // 2}",
+        }
+        for i in range(40)
+    ]
+    others.write_text("\n".join(map(json.dumps, rows)))
+    other = extracted(others, folder / "others", "mean")
+    out = tmp_path / "out"
+    main(["probe-test", str(probes), other, "--group", "module", "--resamples", "50", "--out", str(out)])
+    printed = capsys.readouterr().out
+    metrics = json.loads((out / "metrics.json").read_text())
+    saved, store = load_probes(probes), ActivationStore(other)
+    name = saved.content["best"]
+    scores = saved.scores(name, {name: store.pooled(*name.rsplit("/", 1))})[:, 0]
+    area = roc_auc_score(store.samples.column("doc").to_pylist(), scores)
+    assert metrics["metrics"][name]["auroc"]["estimate"] == pytest.approx(area, abs=1e-12)
+    assert {"auroc", "brier"} <= metrics["metrics"]["baseline: length"].keys() and name in metrics["over_length"]
+    assert name in printed and "baseline: length" in printed and f"`{name}`" in (out / "report.md").read_text()
+    given = ["probe-test", probes, run, "--group", "module", "--resamples", "100"]
+    assert "Pass --unseen-only" in error_of(capsys, *given, "--out", tmp_path / "seen")
+    assert "pass --overwrite" in error_of(capsys, *given, "--out", out)
+    main([*map(str, given), "--unseen-only", "--out", str(tmp_path / "seen")])
+    again = json.loads((tmp_path / "seen" / "metrics.json").read_text())
+    trained = json.loads((probes / "metrics.json").read_text())
+    of_best, of_length = (next(v for v in trained["vectors"] if v["name"] == which) for which in (name, "baseline: length"))
+    assert again["n_samples"] == trained["parts"]["test"]["samples"]
+    assert again["metrics"][name]["auroc"] == of_best["test"]
+    assert again["metrics"]["baseline: length"]["auroc"] == of_length["test"]
+    assert again["metrics"][name]["recall_above_threshold"] == trained["threshold"]["recall"]
+    assert again["metrics"][name]["false_positive_rate_above_threshold"] == trained["threshold"]["false_positive_rate"]
 
 
 def test_an_untrained_model_and_a_benign_store_stand_beside(run, texts, folder, tmp_path, capsys):
@@ -185,6 +227,9 @@ def test_every_kind_scores_what_it_saved(kind, run, texts, tmp_path):
     area = roc_auc_score([doc[i] for i in split["test"]], [found[i] for i in split["test"]])
     best = next(vector for vector in metrics["vectors"] if vector["name"] == metrics["best"])
     assert best["test"]["estimate"] == pytest.approx(area, abs=1e-6)
+    main(["probe-test", str(out), run, "--group", "module", "--unseen-only", "--resamples", "50", "--out", str(tmp_path / "test")])
+    again = json.loads((tmp_path / "test" / "metrics.json").read_text())
+    assert again["metrics"][best["name"]]["auroc"]["estimate"] == pytest.approx(best["test"]["estimate"], abs=1e-9)
 
 
 def test_real_values_and_several_classes(run, tmp_path):

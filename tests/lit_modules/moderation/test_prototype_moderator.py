@@ -18,7 +18,7 @@ from exactivations.datamodules.stored_samples import StoredSamples
 from exactivations.lit_modules.moderation.aggregations import Aggregations
 from exactivations.lit_modules.moderation.masked_rows import MaskedRows
 from exactivations.lit_modules.moderation.moderation_results import FALSE_POSITIVES, RECALL, metrics_on, moderation_results
-from exactivations.lit_modules.moderation.moderator_file import fingerprint, load_moderator, of_seen_groups, save_moderator
+from exactivations.lit_modules.moderation.moderator_file import fingerprint, load_moderator, save_moderator
 from exactivations.lit_modules.moderation.prototype_grid import METRICS, scores_of
 from exactivations.lit_modules.moderation.prototype_moderator import PrototypeModerator
 from exactivations.lit_modules.probes.probe_evaluation import Bootstrap
@@ -159,8 +159,9 @@ def test_what_is_predicted_from_a_file_is_what_was_tested(tmp_path):
         changed = data_of(store, **change)
         assert fingerprint(moderator, changed, changed.source) != saved.content["fingerprint"]
     known = {group for part in ("train", "validation") for group in data.groups_of(part)}
-    assert of_seen_groups(saved, data.groups).tolist() == [group in known for group in data.groups]
-    assert len(known) < len(set(data.groups)) and not of_seen_groups(saved, ["group 99"]).any()
+    seen = saved.seen_samples(data.source)
+    assert seen.of_groups(data.groups).tolist() == [group in known for group in data.groups]
+    assert len(known) < len(set(data.groups)) and not seen.of_groups(["group 99"]).any()
     damaged = bytearray(first)
     damaged[-5] ^= 1
     (tmp_path / "made" / "moderator.safetensors").write_bytes(damaged)

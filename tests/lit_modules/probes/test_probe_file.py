@@ -16,8 +16,9 @@ from exactivations.lit_modules.probes.probe_file import PROBES_FILE, load_probes
 from exactivations.lit_modules.probes.probe_metrics import threshold_at_fpr
 from exactivations.store.errors import CorruptShardError, InvalidInputError, StoreError
 from exactivations.store.shard import open_shard, write_shard
-from tests.lit_modules.probe_stores import STRENGTHS, demo_like, run, write_rows
+from tests.lit_modules.probe_stores import STRENGTHS, N, demo_like, run, write_rows
 
+HASHES = [f"{place:032x}" for place in range(N)]
 KINDS = {"label": "logistic", "kind": "mass-mean", "value": "ridge"}
 
 
@@ -26,7 +27,7 @@ def saved(tmp_path_factory, request):
     """A folder of probes, the sweep and the data that they are of, the ensembles' scores, and the results."""
     label, path = request.param, tmp_path_factory.mktemp("runs")
     rows, columns = demo_like()
-    store = write_rows(path / "demo", rows, sample_index=range(7, 7 + 2 * len(columns["label"]), 2), **columns)
+    store = write_rows(path / "demo", rows, sample_index=range(7, 7 + 2 * len(columns["label"]), 2), token_hash=HASHES, **columns)
     data = ActivationDataModule(store, label, group="module", others={"untrained": store}, seed=4, names=list(rows)[1:3])
     data.add("baseline: bag", store.pooled("resid_post.0", "mean"))
     sweep = run(data, ExactProbeSweep(KINDS[label], STRENGTHS))
@@ -83,7 +84,9 @@ def test_what_is_known_of_the_probes_is_in_the_file_and_beside_it_for_people(sav
     split = Split.from_json(json.loads((folder / "split.json").read_text()), data.source.sample_index)
     for part in ("train", "validation", "test"):
         np.testing.assert_array_equal(getattr(split, part), data.numbers(part))
-    assert probes.content["split"] == {"group_column": "module", "shares": [0.6, 0.2, 0.2], "seed": split.seed} and split.seed == 4
+    how = "shares 0.6, 0.2, 0.2, seed 4"
+    assert probes.content["split"] == {"group_column": "module", "shares": [0.6, 0.2, 0.2], "seed": split.seed, "how": how}
+    assert split.seed == 4
 
 
 def test_a_probes_direction_is_where_its_score_rises_fastest(saved):
@@ -155,15 +158,15 @@ def test_other_files_and_probes_that_are_not_there_are_refused(saved, tmp_path):
     with pytest.raises(StoreError, match="does not exist: name what `exactivations probe` wrote"):
         load_probes(tmp_path)
     tensors, content = open_shard(folder / PROBES_FILE)
-    for changes in ({"kind": "means"}, {"format_version": 2}):
+    for changes in ({"kind": "means"}, {"format_version": 1}):
         write_shard(tmp_path / PROBES_FILE, tensors, {key: v for key, v in content.items() if key != "checksum"} | changes)
-        with pytest.raises(StoreError, match="holds no probes of version 1"):
+        with pytest.raises(StoreError, match="holds no probes of version 2"):
             load_probes(tmp_path)
 
 
 def test_one_vector_alone_has_no_ensembles(tmp_path):
     rows, columns = demo_like()
-    store = write_rows(tmp_path / "demo", rows, **columns)
+    store = write_rows(tmp_path / "demo", rows, token_hash=HASHES, **columns)
     data = ActivationDataModule(store, "label", group="module", names=["resid_post.2/mean"])
     sweep = run(data)
     save_probes(tmp_path / "probes", sweep, data, evaluate(sweep, data, bootstrap=Bootstrap(50)), store.info, None)
