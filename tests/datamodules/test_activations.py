@@ -284,7 +284,7 @@ def test_sources_that_do_not_belong_together_are_refused_by_sample(tmp_path):
     same = write_rows(tmp_path / "same", rows, sample_index=range(100, 130), seed=4)
     shifted = write_rows(tmp_path / "shifted", rows, sample_index=range(101, 131))
     fewer = write_rows(tmp_path / "fewer", {"a/mean": rows["a/mean"][:29]}, sample_index=range(100, 129))
-    hashes = [f"hash{i}" if i != 112 else "else" for i in range(100, 130)]
+    hashes = [f"{i:032x}" if i != 112 else "else" for i in range(100, 130)]
     retokenized = write_rows(tmp_path / "retokenized", rows, sample_index=range(100, 130), token_hash=hashes)
     elsewhere = write_rows(tmp_path / "elsewhere", {"b/mean": rows["a/mean"]}, sample_index=range(100, 130))
     data = ActivationDataModule(store, "label", others={"untrained": same})

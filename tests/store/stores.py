@@ -47,7 +47,7 @@ def sample_table(sample_index, lengths, shard, rows, **columns):
         {
             "sample_index": np.array(sample_index, dtype=np.int64),
             "n_tokens": np.array(lengths, dtype=np.int32),
-            "token_hash": [f"hash{i}" for i in sample_index],
+            "token_hash": [f"{i:032x}" for i in sample_index],
             "truncated": [False] * len(lengths),
             "shard": np.array(shard, dtype=np.int32),
             "row": np.array(rows, dtype=np.int32),

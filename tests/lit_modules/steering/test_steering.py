@@ -164,7 +164,7 @@ def test_the_steered_point_reads_as_state_plus_vector_and_all_before_it_as_ever(
 def test_extraction_reads_what_was_steered(family, ids, vector):
     model = causal(family)
     names = ["embed", "resid_post.0", "resid_post.1", "resid_post.2"]
-    batch = TokenBatch.of(ids)
+    batch = TokenBatch.of(ids, token_mask="all")
     extractor = ActivationExtractor(model, names, ["tokens"])
     plain = extractor(batch).activations
     with steering(model, [Add("resid_post.1", vector, -1.5)]):
