@@ -60,7 +60,8 @@ def extract(
             Negative ones count from the last: -1.
         hooks: What is read: resid_post, attn_out, mlp_out (at each layer), embed, final_norm, module:<path>, or one full
             name such as resid_post.3. Default: resid_post.
-        pooling: tokens, last, first, mean, max, exp_decay:<half-life>, each at each hook point. Default: mean last.
+        pooling: tokens, last, first, mean, max, exp_decay:<half-life>, position:<k> (of the tokens that count; -2 is the
+            last but one), each at each hook point. Default: mean last.
         config_name: Configuration of a hub dataset.
         split: For example train or train[:1000].
         text_column: Column with the texts.

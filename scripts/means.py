@@ -64,7 +64,8 @@ def means_run(
             name such as resid_post.3. Default: resid_post.
         mode: short is exp_decay:0.067; long is last, exp_decay:0.023, exp_decay:0.067 and exp_decay:0.159, concatenated
             (four times as wide); both are two means.
-        pooling: Any other poolings: last, first, mean, max, exp_decay:<half-life>. Default: mean, if there is no mode either.
+        pooling: Any other poolings: last, first, mean, max, exp_decay:<half-life>, position:<k>. Default: mean, if there is no
+            mode either.
         average_layers: Average all that is read over the layers, in one mean, instead of a mean for each.
         positions: Also means of the states at so many positions, counted from each sample's end, to centre by position.
         group: A column: also a mean for each of its values, for difference-of-means vectors.

@@ -17,7 +17,7 @@ from exactivations.callbacks.run_writer import RunWriter
 from exactivations.callbacks.token_progress import TokenProgress
 from exactivations.datamodules.plan import PlanOptions
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.extraction.extractor import ActivationExtractor, check_lengths
+from exactivations.lit_modules.extraction.extractor import ActivationExtractor, check_counted, check_lengths
 from exactivations.lit_modules.models.hook_points import BLOCK_KINDS, dissect, resolve_hook_points
 from exactivations.lit_modules.models.language_model import ModelOptions, load_skeleton
 from exactivations.scripts.trainers import trainer_on
@@ -119,7 +119,7 @@ def plan_data(
     data: TextDataModule, skeleton: PreTrainedModel, reading: Reading,
     token_budget: int, shard_tokens: int | None, padding: Literal["none", "tail"], max_padded_share: float,
 ) -> None:  # fmt: skip
-    """Tokenizes and plans, and holds the samples against the model.
+    """Tokenizes and plans, and holds the samples against the model and the poolings.
 
     Before other processes are started: so what is wrong with the data is told once, and early.
     """
@@ -130,6 +130,7 @@ def plan_data(
     data.plan_options = PlanOptions(token_budget, shard_tokens, padding, max_padded_share)
     data.setup()
     check_lengths(skeleton, data)
+    check_counted(reading.poolings, data)
 
 
 def predict(

@@ -246,13 +246,19 @@ def _restore(tensors: list[Tensor], held: Held) -> None:
 
 
 def pool_by_definition(states: Float[Tensor, "l d"], mask: Bool[Tensor, " l"], pooling: str) -> Float[Tensor, "n d"]:
-    """Returns one sample's pooled row [1, D] (or all rows for "tokens") in float64, straight from the definition."""
+    """Returns one sample's pooled row [1, D] (or all rows for "tokens") in float64, straight from the definition.
+
+    There is no row [0, D] for a position that the sample does not have.
+    """
     if pooling == TOKENS:
         return states.double()
     counted = states.double()[mask]
     n = len(counted)
     if pooling in ("last", "first"):
         return counted[-1:] if pooling == "last" else counted[:1]
+    if pooling.startswith("position:"):
+        k = int(pooling.removeprefix("position:"))
+        return counted[[i for i in range(n) if i == k or i - n == k]]
     if pooling == "max":
         return counted.max(dim=0, keepdim=True).values
     if pooling == "mean":

@@ -13,7 +13,7 @@ from exactivations.datamodules.tokenization import EncodedSample
 from exactivations.lit_modules.models.ground_truth import GroundTruth, pool_by_definition, relative_error
 from exactivations.lit_modules.models.hook_points import dissect, resolve_hook_points
 from exactivations.store.activation_store import Sample
-from exactivations.store.pooling_names import TOKENS
+from exactivations.store.pooling_names import TOKENS, position_of
 
 ALIKE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Relative error below which a row is taken for another one: rounding, and far from any two different samples."""
@@ -72,7 +72,7 @@ def _position_like(rows: Tensor, states: Tensor, pooling: str, alike: float) -> 
                 return f"its rows are shifted: row t holds token {'t - 1' if shift == 1 else 't + 1'}"
         return None
     errors = relative_error(rows.expand_as(states), states)
-    if pooling in ("last", "first") and errors.min() <= alike:
+    if position_of(pooling) is not None and errors.min() <= alike:
         return f"it looks like token {int(errors.argmin())} of {len(states)} of the same sample"
     return None
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from exactivations.scripts.main import main, to_parser_spelling
 from exactivations.store import ActivationStore
@@ -102,6 +103,15 @@ def test_a_printed_configuration_can_be_run(texts, tmp_path, capsys):
     assert ActivationStore(tmp_path / "run").names == ["resid_post.0/last"]
 
 
+def test_a_position_may_be_counted_from_the_end(texts, tmp_path):
+    extract(texts, tmp_path / "run", "--layers", "0", "--pooling", "tokens", "position:-2", "last", "position:0")
+    store = ActivationStore(tmp_path / "run")
+    for sample in store:
+        counted = sample.activations["resid_post.0/tokens"][sample.token_mask]
+        assert torch.equal(sample.activations["resid_post.0/position:-2"], counted[-2])
+        assert torch.equal(sample.activations["resid_post.0/position:0"], counted[0])
+
+
 def test_a_second_call_computes_nothing(texts, tmp_path, capsys):
     extract(texts, tmp_path / "run", "--layers", "0")
     capsys.readouterr()
@@ -131,6 +141,10 @@ def test_hook_points_lists_shapes_places_and_what_is_missing(tmp_path, capsys):
         (["--hooks", "nonsense"], "'nonsense' is not one of embed"),
         (["--layers", "1", "--hooks", "embed"], "--layers applies to resid_post"),
         (["--layers", "1", "--pooling", "median"], "'median' is not one of tokens"),
+        (
+            ["--layers", "1", "--pooling", "mean", "position:-99"],
+            "tokens that count, the pooling position:-99 needs 99 (12 of 12 are",
+        ),
         (["--layers", "1", "--keep", "body", "colour"], "no column 'colour' to keep"),
         (["--layers", "1", "--num-samples", "13"], "13 samples were asked for, the dataset has 12"),
         (["--layers", "1", "--template", "no place"], "must hold {text} exactly once"),

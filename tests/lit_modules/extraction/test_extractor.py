@@ -8,6 +8,7 @@ import transformers
 from exactivations.datamodules import PlanOptions, TextDataModule, TextOptions, plan
 from exactivations.lit_modules import ActivationExtractor, ModelOptions
 from exactivations.lit_modules.extraction.extractor import refuse_short_cuts
+from exactivations.lit_modules.extraction.live_activations import live_batches
 from exactivations.lit_modules.models.hook_points import dissect
 from exactivations.store import ActivationBatch, TokenBatch
 from exactivations.store.batches import Place
@@ -16,7 +17,7 @@ from tests.lit_modules.tiny_models import CAUSAL, CONFIGS, in_dtype, tiny_model
 
 # Float32 sums of some hundred terms in another order: 1e-5 relative to the size of the vector is what rounding may do.
 TOLERANCE = 1e-5
-POOLINGS = ["tokens", "last", "first", "mean", "max", "exp_decay:0.3"]
+POOLINGS = ["tokens", "last", "first", "mean", "max", "exp_decay:0.3", "position:0", "position:-1"]
 LENGTHS = [7, 3, 3, 12, 1, 7, 7, 2, 30, 12, 5, 3]
 
 
@@ -107,6 +108,8 @@ def pool_by_hand(states, mask, pooling):
     if pooling.startswith("exp_decay"):
         weights = [2.0 ** (-(n - 1 - i) / (0.3 * n)) for i in range(n)]
         return sum(w * row for w, row in zip(weights, counted, strict=True)) / sum(weights)
+    if pooling.startswith("position"):
+        return counted[int(pooling.partition(":")[2])]
     return {"last": counted[-1], "first": counted[0], "mean": counted.mean(0), "max": counted.max(0).values}[pooling]
 
 
@@ -138,6 +141,38 @@ def test_every_hook_point_and_pooling_equals_the_model_on_each_sample_alone(fami
                     expected = pool_by_hand(states, masks[sample], pooling)
                     assert got.shape == expected.shape
                     assert relative_error(got, expected) < TOLERANCE, (family, name, pooling, sample)
+
+
+def test_positions_within_equal_the_model_on_each_sample_alone(family, samples):
+    """Of samples of different lengths and masks, so that a position is another place in each."""
+    ids, masks = (
+        [values for values, mask in zip(of, samples[1], strict=True) if mask.sum() >= 3] for of in (samples[0], samples[1])
+    )
+    model, poolings = tiny_model(family), ["position:2", "position:-3", "position:-2"]
+    names = dissect(model).names()
+    extractor = ActivationExtractor(model, names, poolings)
+    places = []
+    for batch in planned_batches(ids, masks, PlanOptions(token_budget=24)):
+        got = extractor(batch).activations
+        for row, sample in enumerate(batch.sample_index.tolist()):
+            places.append(masks[sample].nonzero()[-2].item() - len(ids[sample]))
+            for name, states in oracle_states(model, ids[sample], names).items():
+                for pooling in poolings:
+                    expected = pool_by_hand(states, masks[sample], pooling)
+                    assert relative_error(got[f"{name}/{pooling}"][row], expected) < TOLERANCE, (family, name, pooling, sample)
+    assert len(places) == len(ids) > 3 and len(set(places)) > 1
+
+
+def test_a_batch_with_too_few_tokens_is_refused_before_the_model_runs(samples):
+    model = tiny_model("llama")
+    extractor = ActivationExtractor(model, ["resid_post.0"], ["mean", "position:1", "position:-5"])
+    extractor.load()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, :2] = False
+    batch = TokenBatch(torch.tensor([40, 41]), torch.full((2, 6), 7), torch.tensor([6, 6]), mask)
+    with pytest.raises(InvalidInputError, match=r"sample 41 has 4 tokens that count, the pooling position:-5 needs 5 \(1 of 2"):
+        extractor(batch)
 
 
 def test_a_model_loaded_by_path_and_cut_gives_what_the_whole_model_gives(family, samples, tmp_path):
@@ -296,7 +331,9 @@ def test_a_model_with_two_stacks_is_refused_with_their_names():
         ActivationExtractor(model, ["resid_post.0"], ["mean"]).load()
 
 
-@pytest.mark.parametrize("pooling", ["mena", "exp_decay", "exp_decay:0", "exp_decay:-1", "exp_decay:x", "exp_decay:1.2.3", ""])
+@pytest.mark.parametrize(
+    "pooling", ["mena", "exp_decay", "exp_decay:0", "exp_decay:-1", "exp_decay:x", "exp_decay:1.2.3", "position:x", ""]
+)
 def test_poolings_that_do_not_exist_are_refused(pooling):
     with pytest.raises(InvalidInputError, match="is not one of tokens, last, first, mean, max, exp_decay"):
         ActivationExtractor(tiny_model("llama"), ["resid_post.0"], [pooling])
@@ -362,6 +399,33 @@ def test_samples_longer_than_the_positions_are_refused_unless_cut(cache):
             extractor.check_fits(data)
         extractor.check_fits(TextDataModule(["w7 " * 70], word_tokenizer(), text=TextOptions(max_length=positions)))
     ActivationExtractor(tiny_model("mamba"), ["embed"], ["mean"]).check_fits(data)  # no limit
+
+
+def test_samples_with_fewer_tokens_than_a_position_are_refused_before_anything_is_computed(cache):
+    texts = ["w7 " * 5, "w0 w7", "w7 w8 w9", "w1 w2"]
+    data = TextDataModule(texts, word_tokenizer())
+    extractor = ActivationExtractor(tiny_model("llama"), ["embed"], ["mean", "position:2", "last"])
+    for refused in (lambda: extractor.check_fits(data), lambda: next(live_batches(extractor, data))):
+        with pytest.raises(InvalidInputError, match=r"sample 1 has 2 tokens that count, the pooling position:2 needs 3 \(2 of 4"):
+            refused()
+    assert data.tokens.n_counted.tolist() == [5, 2, 3, 2]
+    ActivationExtractor(tiny_model("llama"), ["embed"], ["position:1", "position:-2"]).check_fits(data)
+    ActivationExtractor(tiny_model("llama"), ["embed"], ["position:2"]).check_fits(TextDataModule(texts[::2], word_tokenizer()))
+
+
+def test_special_tokens_are_among_the_positions_if_the_mask_counts_them(cache):
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "w1"})
+    texts = ["w7 w8 w1 w1", "w9 w1"]
+    extractor = ActivationExtractor(tiny_model("llama"), ["embed"], ["position:-2"])
+    with pytest.raises(InvalidInputError, match=r"sample 1 has 1 tokens that count, .* \(--token-mask all\)"):
+        extractor.check_fits(TextDataModule(texts, tokenizer))
+    data = TextDataModule(texts, tokenizer, text=TextOptions(token_mask="all"))
+    assert data.tokens.n_counted.tolist() == [4, 2]
+    rows = {int(i): row for batch in live_batches(extractor, data)
+            for i, row in zip(batch.sample_index, batch.activations["embed/position:-2"], strict=True)}  # fmt: skip
+    table = extractor.load().model.embed_tokens.weight
+    assert torch.equal(rows[0], table[1]) and torch.equal(rows[1], table[9]), "the last but one of all tokens"
 
 
 def test_roberta_takes_as_many_tokens_as_it_is_said_to():

@@ -161,6 +161,15 @@ def test_poolings_follow_their_definitions(states, data):
         np.testing.assert_allclose(found[0].numpy(), by_definition(states[mask], pooling), rtol=1e-9, atol=1e-9)
 
 
+@given(mask=st.lists(st.booleans(), min_size=1, max_size=9), k=st.integers(-10, 10))
+def test_a_position_is_that_of_the_tokens_that_count_or_there_is_no_row(mask, k):
+    states = torch.arange(len(mask), dtype=torch.float32)[:, None]
+    counted = [float(i) for i, marked in enumerate(mask) if marked]
+    found = pool_by_definition(states, torch.tensor(mask), f"position:{k}")
+    assert found[:, 0].tolist() == ([counted[k]] if -len(counted) <= k < len(counted) else [])
+    assert found.shape[1:] == (1,) and found.dtype == torch.float64
+
+
 def test_the_definition_of_exp_decay_is_told_by_an_example():
     states = torch.tensor([[1.0], [2.0], [4.0], [9.0]])
     mask = torch.tensor([True, True, False, True])  # three count: half-life 1/3 of them is one token
