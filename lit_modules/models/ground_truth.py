@@ -4,6 +4,7 @@ A residual state is taken where the *next* module receives it, not where the ext
 definitions in float64. So a fault in reading, batching, pooling, writing or indexing cannot be on both sides.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -124,6 +125,9 @@ class GroundTruth:
         kind, _, layer = point.name.partition(".")
         receiver = self._receivers.get(int(layer)) if kind == "resid_post" else None
         path = f"{self._anatomy.blocks}.{layer}" if kind == "resid_post" else point.path
+        if point.reads_input and kind != "embed":
+            stack.enter_context(_receiving(self.model.get_submodule(point.path), lambda state: keep(point.name, state)))
+            return
         if receiver is not None or point.reads_input:
             handle = self.model.get_submodule(receiver or point.path).register_forward_pre_hook(
                 lambda _, args, kwargs: keep(point.name, _input(args, kwargs)), with_kwargs=True
@@ -167,6 +171,25 @@ class GroundTruth:
                 stack.callback(handle.remove)
             self.model(input_ids=torch.arange(4, device=self.model.device)[None], **self._arguments)
         return {i: path for i, path in after.items() if same.get(i, False)}
+
+
+@contextmanager
+def _receiving(module: nn.Module, keep: Callable[[Any], None]) -> Iterator[None]:
+    """Gives the first argument of a module's forward function to `keep`: what it computes with, after all hooks, and by no hook."""
+    own, forward = vars(module).get("forward"), module.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        keep(next(iter(inspect.signature(forward).bind(*args, **kwargs).arguments.values())))
+        return forward(*args, **kwargs)
+
+    module.forward = watched
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def _first(output: Any) -> Any:

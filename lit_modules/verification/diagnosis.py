@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from exactivations.datamodules.text import TextDataModule
 from exactivations.datamodules.tokenization import EncodedSample
 from exactivations.lit_modules.models.ground_truth import GroundTruth, pool_by_definition, relative_error
-from exactivations.lit_modules.models.hook_points import dissect, resolve_hook_points
+from exactivations.lit_modules.models.hook_points import STREAM_KINDS, dissect, resolve_hook_points
 from exactivations.store.activation_store import Sample
 from exactivations.store.pooling_names import TOKENS, position_of
 
@@ -43,7 +43,9 @@ def explain(
     rows = stored.activations[name].double()
     rows = rows if pooling == TOKENS else rows[None]
     alike = ALIKE[max(model.dtype, stored.activations[name].dtype, key=lambda dtype: torch.finfo(dtype).eps)]
-    points = list(dict.fromkeys([hook_point, *dissect(model).names()]))
+    kind = hook_point.partition(".")[0]
+    alike_kinds = [name for name in dissect(model).names() if name.partition(".")[0] in (kind, *STREAM_KINDS)]
+    points = list(dict.fromkeys([hook_point, *alike_kinds]))
     truth = GroundTruth(model, resolve_hook_points(model, points), arguments)
     own = truth.states(encoded.input_ids)
     for point in points:

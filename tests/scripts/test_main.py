@@ -119,6 +119,22 @@ def test_a_second_call_computes_nothing(texts, tmp_path, capsys):
     assert "wrote 0 shards (1 were there already)" in capsys.readouterr().out
 
 
+def test_hook_points_tells_widths_of_inputs_and_where_states_are_normed_before_they_are_added(tmp_path, capsys):
+    main(["hook-points", "demo"])
+    told = capsys.readouterr().out
+    assert "attn_z.3         [B, L, 160]    input of layers.3.attention.dense (Linear)" in told
+    assert "mlp_act.3        [B, L, 640]    input of layers.3.mlp.dense_4h_to_h (Linear)" in told
+    assert "note:" not in told
+    import transformers
+
+    transformers.Gemma2Config(
+        vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+        intermediate_size=12,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    main(["hook-points", str(tmp_path)])
+    assert "note: attn_out, mlp_out: are read before the norms that Gemma2DecoderLayer puts on them" in capsys.readouterr().out
+
+
 def test_hook_points_lists_shapes_places_and_what_is_missing(tmp_path, capsys):
     import transformers
 

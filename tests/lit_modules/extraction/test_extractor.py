@@ -9,7 +9,7 @@ from exactivations.datamodules import PlanOptions, TextDataModule, TextOptions, 
 from exactivations.lit_modules import ActivationExtractor, ModelOptions
 from exactivations.lit_modules.extraction.extractor import refuse_short_cuts
 from exactivations.lit_modules.extraction.live_activations import live_batches
-from exactivations.lit_modules.models.hook_points import dissect
+from exactivations.lit_modules.models.hook_points import dissect, resolve_hook_points, width_of
 from exactivations.store import ActivationBatch, TokenBatch
 from exactivations.store.batches import Place
 from exactivations.store.errors import InvalidInputError
@@ -68,10 +68,20 @@ def oracle_states(model, ids, names):
         "bert": ("encoder.layer.{}", "encoder.layer.{}.attention.output.dense", "encoder.layer.{}.output.dense", None),
         "roberta": ("encoder.layer.{}", "encoder.layer.{}.attention.output.dense", "encoder.layer.{}.output.dense", None),
     }[model.config.model_type]
-    seen = {}
+    ends = {
+        "gpt2": ("h.{}.attn.c_proj", "h.{}.mlp.c_proj"),
+        "gpt_neox": ("layers.{}.attention.dense", "layers.{}.mlp.dense_4h_to_h"),
+        "mixtral": ("layers.{}.self_attn.o_proj", None),  # experts have no one last map
+        "mamba": (None, None),
+        "bert": ("encoder.layer.{}.attention.output.dense", "encoder.layer.{}.output.dense"),
+        "roberta": ("encoder.layer.{}.attention.output.dense", "encoder.layer.{}.output.dense"),
+    }.get(model.config.model_type, ("layers.{}.self_attn.o_proj", "layers.{}.mlp.down_proj"))
+    seen, received = {}, {}
 
     def keep(path):
         def hook(module, args, output):
+            if args and isinstance(args[0], torch.Tensor):
+                received[path] = args[0].clone()
             first = output[0] if isinstance(output, tuple) else output
             seen[path] = first.clone() if isinstance(first, torch.Tensor) else None
 
@@ -93,6 +103,9 @@ def oracle_states(model, ids, names):
         if attention:
             states[f"attn_out.{layer}"] = seen[attention.format(layer)][0]
             states[f"mlp_out.{layer}"] = seen[mlp.format(layer)][0]
+        for kind, path in zip(("attn_z", "mlp_act"), ends, strict=True):
+            if path:
+                states[f"{kind}.{layer}"] = received[path.format(layer)][0]
     if norm:
         states["final_norm"] = outputs.hidden_states[-1][0]
     assert set(names) == set(states)
@@ -122,7 +135,13 @@ def test_every_hook_point_and_pooling_equals_the_model_on_each_sample_alone(fami
     names = dissect(model).names()
     extractor = ActivationExtractor(model, names, POOLINGS)
     options = PlanOptions(token_budget=24, padding=padding, max_padded_share=0.5)
-    assert {spec.width for spec in extractor.specs().values()} == {model.config.hidden_size}
+    assert {name: spec.width for name, spec in extractor.specs().items()} == {
+        f"{point.name}/{pooling}": width_of(model, point) for point in resolve_hook_points(model, names) for pooling in POOLINGS
+    }
+    widths = {"mlp_act": 128 if family == "gpt2" else 48}
+    assert all(
+        width_of(model, point) == widths.get(point.name.partition(".")[0], 32) for point in resolve_hook_points(model, names)
+    )
     batches = [extractor(batch) for batch in planned_batches(ids, masks, options)]
 
     assert sorted(i for batch in batches for i in batch.sample_index.tolist()) == list(range(len(ids)))
@@ -266,6 +285,70 @@ def test_any_module_can_be_read_by_its_path(samples):
     assert got.activations["module:layers.1.mlp.up_proj/tokens"].shape == (LENGTHS[0], 48)
 
 
+@pytest.mark.parametrize(
+    ("path", "width"),
+    [("layers.1.mlp.down_proj", 48), ("layers.1.self_attn", 32), ("layers.2", 32), ("norm", 32), ("layers.1", 32)],
+)
+def test_what_any_module_receives_can_be_read_by_its_path(samples, path, width):
+    """By position or by name: the attention of Llama is called with hidden_states=…"""
+    model, ids = tiny_model("llama"), samples[0][0]
+    got = ActivationExtractor(model, [f"input:{path}"], ["tokens"])(TokenBatch.of(ids[None])).activations[f"input:{path}/tokens"]
+    by_hand = {
+        "layers.1.self_attn": lambda states: model.layers[1].input_layernorm(states["resid_post.0"]),
+        "layers.2": lambda states: states["resid_post.1"],
+        "layers.1": lambda states: states["resid_post.0"],
+        "norm": lambda states: states["resid_post.2"],
+        "layers.1.mlp.down_proj": lambda states: states["mlp_act.1"],
+    }[path]
+    with torch.no_grad():
+        expected = by_hand(oracle_states(model, ids, dissect(model).names()))
+    assert got.shape == (len(ids), width)
+    assert relative_error(got, expected) < TOLERANCE
+
+
+def test_inputs_are_read_of_a_cut_model_and_said_to_be_inputs(samples, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    names = ["attn_z.1", "mlp_act.0", "input:layers.1.mlp"]
+    extractor = ActivationExtractor(str(tmp_path), names, ["tokens"])
+    got = extractor(TokenBatch.of(samples[0][0][None])).activations
+    assert len(extractor.load().model.layers) == 2
+    assert extractor.identity()["hook_paths"] == [
+        "input of layers.1.self_attn.o_proj", "input of layers.0.mlp.down_proj", "input of layers.1.mlp"
+    ]  # fmt: skip
+    whole = tiny_model("llama")
+    expected = oracle_states(whole, samples[0][0], dissect(whole).names())
+    for name in names[:2]:
+        assert relative_error(got[f"{name}/tokens"], expected[name]) < TOLERANCE
+
+
+def test_what_comes_after_an_input_is_not_computed(samples):
+    model = tiny_model("llama")
+    extractor = ActivationExtractor(model, ["attn_z.1"], ["mean"])
+    extractor.load()
+    model.layers[1].mlp.register_forward_pre_hook(lambda *_: pytest.fail("the MLP ran"))
+    model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: pytest.fail("the projection ran"))
+    extractor(TokenBatch.of(samples[0][0][None]))
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "mamba"])
+def test_it_is_said_where_a_block_does_more_than_add_what_attention_and_mlp_put_out(name, samples):
+    model = tiny_model(name)
+    states = oracle_states(model, samples[0][0], dissect(model).names())
+    total = states["resid_post.0"] + states["attn_out.1"] + states["mlp_out.1"]
+    adds = relative_error(total, states["resid_post.1"]) < TOLERANCE
+    remarks = dissect(model).remarks
+    assert adds == (not remarks) == (name not in ("gemma2", "bert", "roberta"))
+    assert all("is not resid_post" in remark for remark in remarks)
+
+
+def test_the_norms_of_gemma2_give_what_is_added(samples):
+    model = tiny_model("gemma2")
+    points = ["resid_post.0", "resid_post.1", *(f"module:layers.1.post_{part}_layernorm" for part in ("attention", "feedforward"))]
+    got = ActivationExtractor(model, points, ["tokens"])(TokenBatch.of(samples[0][0][None])).activations
+    before, after, *added = (got[f"{point}/tokens"] for point in points)
+    assert relative_error(before + sum(added), after) < TOLERANCE
+
+
 def test_activations_are_in_the_models_dtype_or_the_one_asked_for(samples):
     batch = TokenBatch.of(samples[0][0][None])
     model = in_dtype(tiny_model("llama"), torch.bfloat16)
@@ -308,6 +391,12 @@ def test_identity_changes_with_weights_and_not_with_the_path(tmp_path):
         ("llama", "embed.1", "not one of embed"),
         ("llama", "module:layers.9", "no module 'layers.9'"),
         ("llama", "module:", "no module"),
+        ("llama", "input:layers.9", "no module 'layers.9'"),
+        ("llama", "input:", "no module"),
+        ("llama", "attn_z", "not one of embed"),
+        ("mixtral", "mlp_act.1", "no single last linear map of an MLP in MixtralDecoderLayer, .*; use input:<path>"),
+        ("mamba", "attn_z.1", "no single output projection of an attention in MambaBlock"),
+        ("llama", "input:embed_tokens", r"has shape \[1, 4\] for a batch"),
         ("bert", "final_norm", "no single norm stands beside the blocks"),
         ("mamba", "attn_out.1", "no attention module in MambaBlock"),
         ("mamba", "mlp_out.1", "no MLP module in MambaBlock"),

@@ -146,6 +146,22 @@ def test_other_modules_can_be_computed_alone_by_their_path(family):
     assert torch.equal(truth_of(model, [f"module:{path}"]).states(IDS)[f"module:{path}"], seen[0])
 
 
+def test_inputs_are_what_a_module_computes_with_and_the_model_is_left_as_it_was():
+    model = tiny_model("llama")
+    names = ["attn_z.1", "mlp_act.1", "input:layers.1.self_attn"]
+    alone = truth_of(model, names).states(IDS)
+    assert not any("forward" in vars(module) for module in model.modules())
+    with torch.no_grad():
+        for name, path in {"attn_z.1": "self_attn", "mlp_act.1": "mlp"}.items():
+            out = truth_of(model, [f"module:layers.1.{path}"]).states(IDS)[f"module:layers.1.{path}"]
+            end = {"self_attn": model.layers[1].self_attn.o_proj, "mlp": model.layers[1].mlp.down_proj}[path]
+            torch.testing.assert_close(end(alone[name]), out)
+    handle = model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    changed = truth_of(model, ["mlp_act.1"]).states(IDS)["mlp_act.1"]
+    handle.remove()
+    assert torch.equal(changed, 2 * alone["mlp_act.1"])
+
+
 @given(
     states=hnp.arrays(np.float32, st.tuples(st.integers(1, 9), st.integers(1, 5)), elements=st.floats(-1e3, 1e3, width=32)),
     data=st.data(),
