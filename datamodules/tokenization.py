@@ -150,6 +150,12 @@ class TokenTable:
         return np.concatenate([np.diff(start) for _, start in self._ids]).astype(np.int64)[self.kept]
 
     @cached_property
+    def n_counted(self) -> npt.NDArray[np.int64]:
+        """int64 [n], tokens of each sample that poolings count."""
+        until = [(np.concatenate([[0], np.cumsum(flat, dtype=np.int64)]), start) for flat, start in self._masks]
+        return np.concatenate([np.diff(counted[start]) for counted, start in until])[self.kept]
+
+    @cached_property
     def token_hash(self) -> pa.ChunkedArray:
         """Strings [n], the hash of each sample's token ids (xxh3-128 of them as little-endian int32)."""
         hashes = self.rows.column("token_hash")

@@ -58,11 +58,12 @@ def extract(
         model: "demo" (embedded), a Hugging Face hub id, or a local path.
         dataset: "demo" (embedded), a hub id, a .jsonl, .csv, .parquet or .txt file, or a folder saved by `datasets`.
         out: The run folder to write.
-        layers: Layers at which the block hooks are read, such as 1 3, or "all"; needed by resid_post, attn_out and mlp_out.
+        layers: Layers at which the block hooks are read, such as 1 3, or "all"; needed by resid_post and the like.
             Negative ones count from the last: -1.
-        hooks: What is read: resid_post, attn_out, mlp_out (at each layer), embed, final_norm, module:<path>, or one full
-            name such as resid_post.3. Default: resid_post.
-        pooling: tokens, last, first, mean, max, exp_decay:<half-life>, each at each hook point. Default: mean last.
+        hooks: What is read: resid_post, attn_out, mlp_out, attn_z, mlp_act (at each layer), embed, final_norm, module:<path>,
+            input:<path>, or one full name such as resid_post.3. Default: resid_post.
+        pooling: tokens, last, first, mean, max, exp_decay:<half-life>, position:<k> (of the tokens that count; -2 is the
+            last but one), each at each hook point. Default: mean last.
         config_name: Configuration of a hub dataset.
         split: For example train or train[:1000].
         text_column: Column with the texts.

@@ -62,11 +62,12 @@ def means_run(
         dataset: "demo" (embedded), a hub id, a .jsonl, .csv, .parquet or .txt file, or a folder saved by `datasets`.
         out: The run folder to write; the result is its means.safetensors.
         layers: Layers at which the block hooks are read, such as 1 3, or "all". Negative ones count from the last: -1.
-        hooks: What is read: resid_post, attn_out, mlp_out (at each layer), embed, final_norm, module:<path>, or one full
-            name such as resid_post.3. Default: resid_post.
+        hooks: What is read: resid_post, attn_out, mlp_out, attn_z, mlp_act (at each layer), embed, final_norm, module:<path>,
+            input:<path>, or one full name such as resid_post.3. Default: resid_post.
         mode: short is exp_decay:0.067; long is last, exp_decay:0.023, exp_decay:0.067 and exp_decay:0.159, concatenated
             (four times as wide); both are two means.
-        pooling: Any other poolings: last, first, mean, max, exp_decay:<half-life>. Default: mean, if there is no mode either.
+        pooling: Any other poolings: last, first, mean, max, exp_decay:<half-life>, position:<k>. Default: mean, if there is no
+            mode either.
         average_layers: Average all that is read over the layers, in one mean, instead of a mean for each.
         positions: Also means of the states at so many positions, counted from each sample's end, to centre by position.
         group: A column: also a mean for each of its values, for difference-of-means vectors.

@@ -18,8 +18,8 @@ from exactivations.callbacks.token_progress import TokenProgress
 from exactivations.datamodules.plan import PlanOptions
 from exactivations.datamodules.text import TextDataModule
 from exactivations.datamodules.tokenization import text_at_cut_end
-from exactivations.lit_modules.extraction.extractor import ActivationExtractor, check_lengths
-from exactivations.lit_modules.models.hook_points import BLOCK_KINDS, dissect, resolve_hook_points
+from exactivations.lit_modules.extraction.extractor import ActivationExtractor, check_counted, check_lengths
+from exactivations.lit_modules.models.hook_points import BLOCK_KINDS, dissect, resolve_hook_points, width_of
 from exactivations.lit_modules.models.language_model import ModelOptions, load_skeleton
 from exactivations.scripts.trainers import trainer_on
 from exactivations.scripts.verification_table import verification_table
@@ -120,17 +120,19 @@ def plan_data(
     data: TextDataModule, skeleton: PreTrainedModel, reading: Reading,
     token_budget: int, shard_tokens: int | None, padding: Literal["none", "tail"], max_padded_share: float,
 ) -> None:  # fmt: skip
-    """Tokenizes and plans, and holds the samples against the model.
+    """Tokenizes and plans, and holds the samples against the model and the poolings.
 
     Before other processes are started: so what is wrong with the data is told once, and early.
     """
     if shard_tokens is None:
-        width = skeleton.config.get_text_config().hidden_size * len(reading.hook_points)
+        points = resolve_hook_points(skeleton, reading.hook_points)
+        width = sum(width_of(skeleton, point) or skeleton.config.get_text_config().hidden_size for point in points)
         dtype = reading.store_dtype or reading.options.dtype
         shard_tokens = default_shard_tokens(width, reading.poolings, dtype, token_budget, data.tokens.n_tokens)
     data.plan_options = PlanOptions(token_budget, shard_tokens, padding, max_padded_share)
     data.setup()
     check_lengths(skeleton, data)
+    check_counted(reading.poolings, data)
 
 
 def predict(

@@ -31,7 +31,7 @@ from exactivations.lit_modules.models.model_facts import length_dependent_rope
 from exactivations.store.batches import ActivationBatch, ActivationSpec, TokenBatch, TokenStep, padded, real_positions, to_device
 from exactivations.store.errors import InvalidInputError
 from exactivations.store.host_memory import empty_on
-from exactivations.store.pooling_names import TOKENS, check_pooling
+from exactivations.store.pooling_names import TOKENS, check_pooling, position_of, refuse_short, tokens_needed
 
 VALUES_VERSION = 2
 """Goes up when a change of this package changes the values that it extracts."""
@@ -69,7 +69,8 @@ class ActivationExtractor(pl.LightningModule):
     Args:
         model: A hub id, a local path, "demo", or a model that the caller holds (which is neither cut, moved nor changed).
         hook_points: See `hook_points`.
-        poolings: "tokens", "last", "first", "mean", "max", "exp_decay:<half-life>"; each is taken at each hook point.
+        poolings: "tokens", "last", "first", "mean", "max", "exp_decay:<half-life>", "position:<k>"; each is taken at each
+            hook point.
         options: How a named model is loaded.
         store_dtype: Dtype of the activations given out; None is the model's own.
         cpu_threads: Threads of each process on a CPU. They decide the last bits; None leaves torch's setting alone.
@@ -141,8 +142,8 @@ class ActivationExtractor(pl.LightningModule):
 
     def _why_no_head(self, body: PreTrainedModel) -> str | None:
         """Says why a language-model head could not be put on what is read from this body, or None if it could."""
-        if {TOKENS, "last", "first"}.isdisjoint(self.poolings):
-            return "no single token's state is stored (pooling tokens, last or first)"
+        if not any(name == TOKENS or position_of(name) is not None for name in self.poolings):
+            return "no single token's state is stored (pooling tokens, last, first or position:<k>)"
         points = dissect(body).names_before_the_head()
         if points.isdisjoint(self.hook_point_names):
             return f"no state before the head is stored ({' or '.join(sorted(points)) or 'final_norm'})"
@@ -177,7 +178,8 @@ class ActivationExtractor(pl.LightningModule):
 
         Raises:
             InvalidInputError: If the Trainer would change dtypes, float32 would be multiplied as TF32, a sample is too long for the
-                model, an id is outside its vocabulary, or padding was asked for and the model does not allow it.
+                model or too short for a pooling, an id is outside its vocabulary, or padding was asked for and the model does not
+                allow it.
         """
         if str(self.trainer.precision) != "32-true":
             raise InvalidInputError(
@@ -194,6 +196,7 @@ class ActivationExtractor(pl.LightningModule):
         """Refuses data that this model cannot take: see `setup`."""
         loaded = self.load(self.device)
         check_lengths(loaded.model, data)
+        check_counted(self.poolings, data)
         if data.plan_options.padding == "tail" and not self._tail_is_proved:
             refuse_unsafe_right_padding(loaded.model, loaded.hook_points)
             self._tail_is_proved = True
@@ -205,7 +208,8 @@ class ActivationExtractor(pl.LightningModule):
         forward pass, for whether texts are packed).
 
         Raises:
-            InvalidInputError: If a hook point was not reached or is not a tensor [B, L, D], or a batch is too large for the device.
+            InvalidInputError: If a hook point was not reached or is not a tensor [B, L, D], a sample is too short for a pooling, or
+                a batch is too large for the device.
         """
         try:
             return self._compute(step)
@@ -219,6 +223,10 @@ class ActivationExtractor(pl.LightningModule):
     @torch.no_grad()
     def _compute(self, step: TokenStep) -> ActivationBatch:
         loaded, host = self.load(self.device), step.on_host
+        if any(tokens_needed(name) > 1 for name in self.poolings):  # of batches that no data module was asked about before
+            ends = host.n_tokens.cumsum(0)
+            counted = host.token_mask.cumsum(0)[ends - 1].diff(prepend=torch.zeros(1, dtype=torch.int64))
+            refuse_short(self.poolings, counted.numpy(), host.sample_index.numpy())
         if step.input_ids.device != loaded.device:  # from the host: a copy from one device to another might not be waited for
             step = host.to(loaded.device)
         kept = {
@@ -300,6 +308,16 @@ def check_lengths(model: PreTrainedModel, data: TextDataModule) -> None:
             f"the tokenizer gives id {tokens.largest_id}, {type(model).__name__} has {vocabulary} embeddings: "
             "this is another model's tokenizer"
         )
+
+
+def check_counted(poolings: list[str], data: TextDataModule) -> None:
+    """Refuses samples of which fewer tokens count than a pooling takes. Needs no model.
+
+    Raises:
+        InvalidInputError: Naming the sample, its tokens that count, and the pooling.
+    """
+    if any(tokens_needed(name) > 1 for name in poolings):
+        refuse_short(poolings, data.tokens.n_counted, data.tokens.sample_index)
 
 
 def _widths(model: PreTrainedModel, points: list[HookPoint], arguments: dict[str, Any]) -> dict[str, int]:

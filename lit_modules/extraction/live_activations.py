@@ -11,7 +11,7 @@ from torch import Tensor
 
 from exactivations.datamodules.examples import IntArray
 from exactivations.datamodules.text import TextDataModule
-from exactivations.lit_modules.extraction.extractor import ActivationExtractor, check_lengths
+from exactivations.lit_modules.extraction.extractor import ActivationExtractor, check_counted, check_lengths
 from exactivations.store.batches import ActivationBatch
 from exactivations.store.finite import refuse_not_finite
 
@@ -20,11 +20,12 @@ def live_batches(extractor: ActivationExtractor, data: TextDataModule, device: s
     """Yields the activations of all samples of some data, on the host, in the steps of their plan.
 
     Raises:
-        InvalidInputError: If the data does not fit the model; see `check_lengths`.
+        InvalidInputError: If the data does not fit the model or the poolings; see `check_lengths` and `check_counted`.
         NotFiniteError: If an activation is not finite, naming its sample.
     """
     data.setup()
     check_lengths(extractor.load(device).model, data)
+    check_counted(extractor.poolings, data)
     steps = data.steps_of(list(range(data.plan.n_shards)))
     for number in range(len(steps)):
         out = extractor.predict_step(steps[number])

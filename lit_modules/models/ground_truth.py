@@ -4,6 +4,7 @@ A residual state is taken where the *next* module receives it, not where the ext
 definitions in float64. So a fault in reading, batching, pooling, writing or indexing cannot be on both sides.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -124,6 +125,9 @@ class GroundTruth:
         kind, _, layer = point.name.partition(".")
         receiver = self._receivers.get(int(layer)) if kind == "resid_post" else None
         path = f"{self._anatomy.blocks}.{layer}" if kind == "resid_post" else point.path
+        if point.reads_input and kind != "embed":
+            stack.enter_context(_receiving(self.model.get_submodule(point.path), lambda state: keep(point.name, state)))
+            return
         if receiver is not None or point.reads_input:
             handle = self.model.get_submodule(receiver or point.path).register_forward_pre_hook(
                 lambda _, args, kwargs: keep(point.name, _input(args, kwargs)), with_kwargs=True
@@ -167,6 +171,25 @@ class GroundTruth:
                 stack.callback(handle.remove)
             self.model(input_ids=torch.arange(4, device=self.model.device)[None], **self._arguments)
         return {i: path for i, path in after.items() if same.get(i, False)}
+
+
+@contextmanager
+def _receiving(module: nn.Module, keep: Callable[[Any], None]) -> Iterator[None]:
+    """Gives the first argument of a module's forward function to `keep`: what it computes with, after all hooks, and by no hook."""
+    own, forward = vars(module).get("forward"), module.forward
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        keep(next(iter(inspect.signature(forward).bind(*args, **kwargs).arguments.values())))
+        return forward(*args, **kwargs)
+
+    module.forward = watched
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
 
 
 def _first(output: Any) -> Any:
@@ -246,13 +269,19 @@ def _restore(tensors: list[Tensor], held: Held) -> None:
 
 
 def pool_by_definition(states: Float[Tensor, "l d"], mask: Bool[Tensor, " l"], pooling: str) -> Float[Tensor, "n d"]:
-    """Returns one sample's pooled row [1, D] (or all rows for "tokens") in float64, straight from the definition."""
+    """Returns one sample's pooled row [1, D] (or all rows for "tokens") in float64, straight from the definition.
+
+    There is no row [0, D] for a position that the sample does not have.
+    """
     if pooling == TOKENS:
         return states.double()
     counted = states.double()[mask]
     n = len(counted)
     if pooling in ("last", "first"):
         return counted[-1:] if pooling == "last" else counted[:1]
+    if pooling.startswith("position:"):
+        k = int(pooling.removeprefix("position:"))
+        return counted[[i for i in range(n) if i == k or i - n == k]]
     if pooling == "max":
         return counted.max(dim=0, keepdim=True).values
     if pooling == "mean":

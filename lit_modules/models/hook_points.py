@@ -2,7 +2,9 @@
 
 Names: `embed` (the state that enters block 0), `resid_post.3` (block 3's output, before any final norm), `attn_out.3` and
 `mlp_out.3` (what these two modules of block 3 put out, before the block does anything else with it), `final_norm` (after the
-norm that follows the last block), and `module:<dotted path>` for the output of any module.
+norm that follows the last block), and `module:<dotted path>` for the output of any module. Read where they go in: `attn_z.3` (what
+the heads of block 3 give, side by side, before the attention's output projection), `mlp_act.3` (the neurons: what the MLP's last
+linear map receives), and `input:<dotted path>` for the first argument of any module.
 
 There is no table of architectures. The blocks are the one `nn.ModuleList` that has as many entries as the configuration has
 layers; the rest is found beside and inside them by class and attribute names. What cannot be found is said, not guessed.
@@ -20,7 +22,11 @@ from transformers import PreTrainedModel
 
 from exactivations.store.errors import InvalidInputError
 
-BLOCK_KINDS = ("resid_post", "attn_out", "mlp_out")
+STREAM_KINDS = ("embed", "resid_post", "attn_out", "mlp_out", "final_norm")
+"""Of states as wide as the residual stream: what it holds, or what becomes a part of it."""
+BLOCK_KINDS = ("resid_post", "attn_out", "mlp_out", "attn_z", "mlp_act")
+ATTENTION_ENDS = r"o_proj|out_proj|c_proj|dense|wo|o|out_lin|proj|out|proj_out|linear_out"
+MLP_ENDS = r"down_proj|c_proj|dense_4h_to_h|dense|fc2|fc_2|fc_out|w2|wo|lin2|linear2|out_proj|proj_out|proj|output"
 BLOCKS_LEFT = "exactivations_blocks_left"
 """Attribute of a model that was cut: its configuration still tells of all blocks, and stays as it is, since it is hashed."""
 
@@ -32,7 +38,7 @@ class HookPoint:
     Attributes:
         name: As the user writes it.
         path: Dotted path of the module that is hooked.
-        reads_input: Whether the module's input is read (for `embed`) and not its output.
+        reads_input: Whether the module's input is read (for `embed`, `attn_z`, `mlp_act` and `input:`) and not its output.
     """
 
     name: str
@@ -48,27 +54,36 @@ class Anatomy:
         blocks: Dotted path of the list of blocks; None if there is not exactly one.
         n_blocks: How many there are.
         attention, mlp: For each block the path inside it of the modules behind attn_out and mlp_out; None if it has none.
+        attention_end, mlp_end: For each block the path inside it of the linear maps that receive attn_z and mlp_act.
         final_norm: Dotted path; None if not found.
         notes: What was not found, and why, in words.
+        remarks: What was found and is otherwise than in most models, in words.
     """
 
     blocks: str | None
     n_blocks: int
     attention: tuple[str | None, ...]
     mlp: tuple[str | None, ...]
+    attention_end: tuple[str | None, ...]
+    mlp_end: tuple[str | None, ...]
     final_norm: str | None
     notes: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
         """Returns the names of all hook points that were found, in the order of the forward pass."""
         if self.blocks is None:
             return []
         in_blocks = []
-        for i, (attention, mlp) in enumerate(zip(self.attention, self.mlp, strict=True)):
-            in_blocks += [f"attn_out.{i}"] if attention else []
-            in_blocks += [f"mlp_out.{i}"] if mlp else []
+        for i in range(self.n_blocks):
+            in_blocks += [f"{kind}.{i}" for kind, paths in self.inside.items() if paths[i] is not None]
             in_blocks += [f"resid_post.{i}"]
         return ["embed", *in_blocks, *(["final_norm"] if self.final_norm else [])]
+
+    @property
+    def inside(self) -> dict[str, tuple[str | None, ...]]:
+        """For each kind of hook point inside blocks the path in each of them, in the order of the forward pass."""
+        return {"attn_z": self.attention_end, "attn_out": self.attention, "mlp_act": self.mlp_end, "mlp_out": self.mlp}
 
     def names_before_the_head(self) -> set[str]:
         """Returns the hook points behind which only the final norm and the head come."""
@@ -85,25 +100,57 @@ def dissect(model: PreTrainedModel) -> Anatomy:
         note = (
             f"blocks: looked for one list of {n_layers} modules (the configuration's number of layers), {found}; use module:<path>"
         )
-        return Anatomy(None, 0, (), (), None, (note,))
+        return Anatomy(None, 0, (), (), (), (), None, (note,))
     path, blocks = lists[0]
     attention, mlp = tuple(map(_attention_in, blocks)), tuple(map(_mlp_in, blocks))
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
+    attention_end = tuple(_attention_end_in(block, width) for block in blocks)
+    mlp_end = tuple(_mlp_end_in(block, width) for block in blocks)
     final_norm = _final_norm_beside(model, path)
-    notes = [*_notes("attn_out", "attention", attention, blocks), *_notes("mlp_out", "MLP", mlp, blocks)]
+    leaves_out = "that leaves the residual out"
+    ends = f"named as such and {width} wide"
+    notes = [
+        *_notes("attn_out", f"attention module in {{}} {leaves_out}", attention, blocks),
+        *_notes("mlp_out", f"MLP module in {{}} {leaves_out}", mlp, blocks),
+        *_notes("attn_z", f"single output projection of an attention in {{}}, {ends}", attention_end, blocks, "input"),
+        *_notes("mlp_act", f"single last linear map of an MLP in {{}}, {ends}", mlp_end, blocks, "input"),
+    ]
     if final_norm is None:
         notes.append("final_norm: no single norm stands beside the blocks")
-    return Anatomy(path, len(blocks), attention, mlp, final_norm, tuple(notes))
+    return Anatomy(path, len(blocks), attention, mlp, attention_end, mlp_end, final_norm, tuple(notes), _remarks(blocks))
 
 
-def _notes(kind: str, what: str, found: tuple[str | None, ...], blocks: nn.ModuleList) -> list[str]:
+def _remarks(blocks: nn.ModuleList) -> tuple[str, ...]:
+    """Says where the states of a block are not those before it plus what attention and MLP put out, since norms stand between.
+
+    Told by names: a norm after the MLP stands in Gemma-2 and 3, OLMo-2 and GLM-4 (Llama's `post_attention_layernorm` alone is one
+    before its MLP); BERT and its kin norm the sum, beside the `dense` of their `output`.
+    """
+    remarks = []
+    for kind, block in {type(block).__name__: block for block in blocks}.items():
+        norms = [name for name, module in block.named_modules() if re.search(r"(?i)norm", type(module).__name__)]
+        behind = [name for name in norms if re.fullmatch(r"post_\w*norm", name)]
+        of_sum = [name for name in norms if re.fullmatch(r"(?i)(\w+\.)?output\.layer_?norm|(sa|output)_layer_norm", name)]
+        if any(re.match(r"post_(feed_?forward|ffn?|mlp|moe)", name) for name in behind):
+            remarks.append(
+                f"attn_out, mlp_out: are read before the norms that {kind} puts on them ({', '.join(behind)}): the state before "
+                "the block + attn_out + mlp_out is not resid_post; read what is added by module:<path> of these norms"
+            )
+        elif of_sum:
+            remarks.append(
+                f"attn_out, mlp_out: {kind} norms each sum with the residual ({', '.join(of_sum)}): the state before the block + "
+                "attn_out + mlp_out is not resid_post"
+            )
+    return tuple(remarks)
+
+
+def _notes(kind: str, what: str, found: tuple[str | None, ...], blocks: nn.ModuleList, instead: str = "module") -> list[str]:
     """Says in which blocks a module was not found."""
     without = [i for i, path in enumerate(found) if path is None]
     if not without:
         return []
     where = "" if len(without) == len(found) else f" (layers {', '.join(map(str, without))})"
-    return [
-        f"{kind}: no {what} module in {type(blocks[without[0]]).__name__}{where} that leaves the residual out; use module:<path>"
-    ]
+    return [f"{kind}: no {what.format(type(blocks[without[0]]).__name__ + where)}; use {instead}:<path>"]
 
 
 def _children_named(block: nn.Module, names: str, classes: str) -> list[str]:
@@ -123,6 +170,42 @@ def _mlp_in(block: nn.Module) -> str | None:
         block, r"mlp|ffn|feed_forward|feedforward|block_sparse_moe|moe", r"(?i)(mlp|moe|ffn|feedforward|sparsemoeblock)$"
     )
     return _without_residual(block, found[0] if len(found) == 1 else None, "output")
+
+
+def _attention_end_in(block: nn.Module, width: int | None) -> str | None:
+    """Returns the path of the attention's output projection: the one map of that width in the attention which is named as such."""
+    found = _children_named(block, r"attn|attention|self_attn|self_attention", r"(?i)attention$")
+    if len(found) != 1:
+        return None
+    ends = [
+        f"{found[0]}.{path}"
+        for path, module in block.get_submodule(found[0]).named_modules()
+        if re.fullmatch(ATTENTION_ENDS, path.rpartition(".")[2]) and linear_widths(module)[1] == width
+    ]
+    return ends[0] if len(ends) == 1 else None
+
+
+def _mlp_end_in(block: nn.Module, width: int | None) -> str | None:
+    """Returns the path of the MLP's last linear map. Experts have no such single one."""
+    found = _children_named(block, r"mlp|ffn|feed_forward|feedforward", r"(?i)(mlp|ffn|feedforward)$")
+    if not found and "output.dense" in dict(block.named_modules()):  # BERT and its kin
+        found = ["output"]
+    if len(found) != 1:
+        return None
+    ends = [
+        f"{found[0]}.{path}"
+        for path, module in block.get_submodule(found[0]).named_children()
+        if re.fullmatch(MLP_ENDS, path) and linear_widths(module)[1] == width
+    ]
+    return ends[0] if len(ends) == 1 else None
+
+
+def linear_widths(module: nn.Module) -> tuple[int | None, int | None]:
+    """Returns what goes into a linear map and what comes out, None where the module is none."""
+    into, out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if into is None and type(module).__name__ == "Conv1D":  # GPT-2's, whose weight is [in, out]
+        into, out = module.weight.shape  # type: ignore[misc]
+    return into, out
 
 
 def _without_residual(block: nn.Module, plain: str | None, output: str) -> str | None:
@@ -168,17 +251,18 @@ def resolve_hook_points(model: PreTrainedModel, names: list[str]) -> list[HookPo
 
 
 def _resolve(model: PreTrainedModel, anatomy: Anatomy, name: str) -> HookPoint:
-    if name.startswith("module:"):
-        path = name.removeprefix("module:")
+    if name.startswith(("module:", "input:")):
+        path = name.partition(":")[2]
         if path not in dict(model.named_modules()) or not path:
             raise InvalidInputError(
                 f"hook point {name}: {type(model).__name__} has no module {path!r}; `exactivations hook-points` lists them"
             )
-        return HookPoint(name, path)
+        return HookPoint(name, path, reads_input=name.startswith("input:"))
     kind, _, layer = name.partition(".")
     if kind not in ("embed", "final_norm", *BLOCK_KINDS) or (kind in BLOCK_KINDS) != layer.isdecimal():
         raise InvalidInputError(
-            f"hook point {name!r} is not one of embed, {', '.join(f'{k}.<layer>' for k in BLOCK_KINDS)}, final_norm, module:<path>"
+            f"hook point {name!r} is not one of embed, {', '.join(f'{k}.<layer>' for k in BLOCK_KINDS)}, final_norm, "
+            "module:<path>, input:<path>"
         )
     if anatomy.blocks is None or (kind == "final_norm" and anatomy.final_norm is None):
         raise InvalidInputError(f"hook point {name} is not in {type(model).__name__}: {anatomy.notes[-1]}")
@@ -192,11 +276,18 @@ def _resolve(model: PreTrainedModel, anatomy: Anatomy, name: str) -> HookPoint:
         )
     if kind == "resid_post":
         return HookPoint(name, f"{anatomy.blocks}.{int(layer)}")
-    inside = (anatomy.attention if kind == "attn_out" else anatomy.mlp)[int(layer)]
+    inside = anatomy.inside[kind][int(layer)]
     if inside is None:
         note = next(note for note in anatomy.notes if note.startswith(f"{kind}:"))
         raise InvalidInputError(f"hook point {name} is not in {type(model).__name__}: {note}")
-    return HookPoint(name, f"{anatomy.blocks}.{int(layer)}.{inside}")
+    return HookPoint(name, f"{anatomy.blocks}.{int(layer)}.{inside}", reads_input=kind in ("attn_z", "mlp_act"))
+
+
+def width_of(model: PreTrainedModel, point: HookPoint) -> int | None:
+    """Returns how wide the states at a hook point are, without running the model; None if its structure does not tell."""
+    if not point.name.startswith(("module:", "input:", "attn_z.", "mlp_act.")):
+        return int(model.config.get_text_config().hidden_size)  # states of the residual stream, or what becomes a part of it
+    return linear_widths(model.get_submodule(point.path))[0 if point.reads_input else 1]
 
 
 def cut_after(model: PreTrainedModel, hook_points: list[HookPoint]) -> int:
@@ -238,7 +329,7 @@ def reading(
 
     def hook_for(point: HookPoint) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
-            read(point.name, _state(point, args, kwargs) if point.reads_input else _first_tensor(point, output))
+            read(point.name, _state(point, module, args, kwargs) if point.reads_input else _first_tensor(point, output))
             waiting.discard(point.name)
             if stop and not waiting:
                 raise _AllRead
@@ -278,7 +369,8 @@ class _Editor:
             return self._edited(output[0])
         if args:
             return (self._edited(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._edited(kwargs.get("hidden_states"))}
+        name = _first_parameter(module)
+        return args, {**kwargs, name: self._edited(kwargs.get(name))}
 
     def _edited(self, value: Any) -> Any:
         state = self._edit(self._point.name, _first_tensor(self._point, value))
@@ -316,13 +408,19 @@ def editing(model: nn.Module, hook_points: list[HookPoint], edit: Callable[[str,
             handle.remove()
 
 
-def _state(point: HookPoint, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    state = args[0] if args else kwargs.get("hidden_states")
+def _first_parameter(module: nn.Module) -> str:
+    return next(iter(inspect.signature(module.forward).parameters), "")
+
+
+def _state(point: HookPoint, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Returns a module's first argument, which may be given by its name."""
+    state = args[0] if args else kwargs.get(_first_parameter(module))
     return _first_tensor(point, state)
 
 
 def _first_tensor(point: HookPoint, output: Any) -> Tensor:
     state = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(state, Tensor):
-        raise InvalidInputError(f"hook point {point.name} puts out {type(output).__name__}, expected a tensor [B, L, D]")
+        does = "receives" if point.reads_input else "puts out"
+        raise InvalidInputError(f"hook point {point.name} {does} {type(output).__name__}, expected a tensor [B, L, D]")
     return state

@@ -14,7 +14,7 @@ from exactivations.lit_modules.extraction.pooling import pool
 from exactivations.store.activation_store import ActivationStore
 from exactivations.store.errors import InvalidInputError
 from exactivations.store.masks import SampleMasks, read_masks
-from exactivations.store.pooling_names import TOKENS, check_pooling
+from exactivations.store.pooling_names import TOKENS, check_pooling, refuse_short, tokens_needed
 from exactivations.store.run_folder import RunInfo
 
 TOKENS_AT_ONCE = 65536  # of so many, or of one sample, rows are in memory at a time
@@ -34,8 +34,8 @@ class MaskedRows:
         masks: A file that `import-masks` wrote for this store; None takes the store's own masks.
 
     Raises:
-        InvalidInputError: If the store has no token rows, a pooling is none, or a mask was imported without the ids that prove
-            whose it is: the first sample is named.
+        InvalidInputError: If the store has no token rows, a pooling is none, a sample's mask marks fewer tokens than a pooling
+            needs, or a mask was imported without the ids that prove whose it is: the first sample is named.
         StoreError: If the masks were written for another store: the first sample of other tokens or length is named.
     """
 
@@ -56,6 +56,11 @@ class MaskedRows:
         self._masks = None if masks is None else _proven(masks, store)
         self.masks_hash = None if masks is None else xxhash.xxh3_128(Path(masks).read_bytes()).hexdigest()
         """Of the file of masks; None of the store's own."""
+        if any(tokens_needed(pooling) > 1 for pooling in self._poolings):
+            every = np.arange(len(self))
+            tokens, lengths = np.arange(self.token_start[-1]), self._lengths(every)
+            counted = np.array([int(mask.sum()) for mask in self._masks_of(every, tokens, lengths)])
+            refuse_short(self._poolings, counted, self.sample_index)
 
     def __len__(self) -> int:
         return len(self.store)

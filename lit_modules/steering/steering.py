@@ -15,6 +15,8 @@ from exactivations.lit_modules.steering.edits import Edit
 from exactivations.lit_modules.steering.steered_positions import ForwardPass
 from exactivations.store.errors import InvalidInputError
 
+OF_OTHER_WIDTHS = ("module:", "input:", "attn_z.", "mlp_act.")  # hook points; a wrong width shows in the first forward pass
+
 
 @contextmanager
 def steering(model: PreTrainedModel, edits: Sequence[Edit]) -> Iterator[None]:
@@ -138,7 +140,7 @@ def _check_fits(body: PreTrainedModel, prepared: _Prepared) -> None:
     edit = prepared.edit
     title = f"{type(edit).__name__} at {edit.hook_point}"
     width = getattr(body.config.get_text_config(), "hidden_size", None)
-    if width is not None and edit.width != width and not edit.hook_point.startswith("module:"):
+    if width is not None and edit.width != width and not edit.hook_point.startswith(OF_OTHER_WIDTHS):
         raise InvalidInputError(
             f"{title} is {edit.width} wide, the states of {type(body).__name__} are {width}: another model's vector, or several "
             "poolings concatenated"

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 from exactivations.datamodules.text import TextDataModule
 from exactivations.datamodules.tokenization import EncodedSample
 from exactivations.lit_modules.models.ground_truth import GroundTruth, pool_by_definition, relative_error
-from exactivations.lit_modules.models.hook_points import dissect, resolve_hook_points
+from exactivations.lit_modules.models.hook_points import STREAM_KINDS, dissect, resolve_hook_points
 from exactivations.store.activation_store import Sample
-from exactivations.store.pooling_names import TOKENS
+from exactivations.store.pooling_names import TOKENS, position_of
 
 ALIKE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 """Relative error below which a row is taken for another one: rounding, and far from any two different samples."""
@@ -43,7 +43,9 @@ def explain(
     rows = stored.activations[name].double()
     rows = rows if pooling == TOKENS else rows[None]
     alike = ALIKE[max(model.dtype, stored.activations[name].dtype, key=lambda dtype: torch.finfo(dtype).eps)]
-    points = list(dict.fromkeys([hook_point, *dissect(model).names()]))
+    kind = hook_point.partition(".")[0]
+    alike_kinds = [name for name in dissect(model).names() if name.partition(".")[0] in (kind, *STREAM_KINDS)]
+    points = list(dict.fromkeys([hook_point, *alike_kinds]))
     truth = GroundTruth(model, resolve_hook_points(model, points), arguments)
     own = truth.states(encoded.input_ids)
     for point in points:
@@ -72,7 +74,7 @@ def _position_like(rows: Tensor, states: Tensor, pooling: str, alike: float) -> 
                 return f"its rows are shifted: row t holds token {'t - 1' if shift == 1 else 't + 1'}"
         return None
     errors = relative_error(rows.expand_as(states), states)
-    if pooling in ("last", "first") and errors.min() <= alike:
+    if position_of(pooling) is not None and errors.min() <= alike:
         return f"it looks like token {int(errors.argmin())} of {len(states)} of the same sample"
     return None
 

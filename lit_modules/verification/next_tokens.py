@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from exactivations.lit_modules.models.ground_truth import computing_in, relative_error, tolerance_for
 from exactivations.lit_modules.models.hook_points import dissect
 from exactivations.lit_modules.models.language_model import evaluating, forward_arguments
-from exactivations.store.pooling_names import TOKENS
+from exactivations.store.pooling_names import TOKENS, position_of
 
 LOGIT_RANGE = 50.0  # what lies further below the largest logit has no probability; some models put -inf there
 MOST_POSITIONS = 128  # of one sample, evenly spread: each costs a row as wide as the vocabulary
@@ -78,7 +78,7 @@ class NextTokenCheck:
     def applies_to(self, name: str) -> bool:
         """Whether an activation "<hook point>/<pooling>" holds states of single tokens that the head can be put on."""
         hook_point, _, pooling = name.rpartition("/")
-        return pooling in (TOKENS, "last", "first") and hook_point in self._then
+        return (pooling == TOKENS or position_of(pooling) is not None) and hook_point in self._then
 
     @torch.no_grad()
     def check(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from exactivations.lit_modules.models.hook_points import BLOCK_KINDS
+
 N_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 N_CHOSEN = ("num_experts_per_tok", "moe_top_k", "moe_k", "top_k")
 
@@ -51,6 +53,6 @@ def first_tipped_block(alone: dict[str, Tensor], together: dict[str, Tensor]) ->
 def is_behind(hook_point: str, block: int) -> bool:
     """Whether what a hook point reads can depend on which experts a block's router chose."""
     kind, _, layer = hook_point.partition(".")
-    if kind in ("resid_post", "mlp_out", "attn_out"):
-        return int(layer) > block or (int(layer) == block and kind != "attn_out")
+    if kind in BLOCK_KINDS:
+        return int(layer) > block or (int(layer) == block and kind not in ("attn_z", "attn_out"))
     return kind != "embed"

@@ -28,7 +28,7 @@ from exactivations.lit_modules.verification.next_tokens import NextTokenCheck, N
 from exactivations.lit_modules.verification.routing import chosen_experts, first_tipped_block, is_behind
 from exactivations.store.activation_store import ActivationStore, Sample
 from exactivations.store.errors import ExactivationsError
-from exactivations.store.pooling_names import TOKENS
+from exactivations.store.pooling_names import TOKENS, position_of
 from exactivations.store.verification import NameFigures, NextTokenFigures, Verification
 
 MOST_EXPLAINED = 16  # failures of one rank whose cause is looked for: that costs forward passes
@@ -230,14 +230,19 @@ class SampleCheck:
         if self._next_tokens is None:
             return []
         counted = encoded.token_mask.nonzero()[:, 0]
-        positions = {TOKENS: torch.arange(len(encoded.input_ids)), "last": counted[-1:], "first": counted[:1]}
         states = {
-            name: StoredStates(_as_rows(values), positions[name.rpartition("/")[2]])
+            name: StoredStates(_as_rows(values), _positions(name.rpartition("/")[2], counted, len(encoded.input_ids)))
             for name, values in stored.activations.items()
             if self._next_tokens.applies_to(name)
         }
         dtypes = self._dtypes(next(iter(stored.activations.values())))
         return self._next_tokens.check(stored.sample_index, encoded.input_ids, states, dtypes)
+
+
+def _positions(pooling: str, counted: Tensor, n_tokens: int) -> Tensor:
+    """Returns of which tokens the rows are, int64 [k], where a pooling keeps the states of single tokens."""
+    position = position_of(pooling)
+    return torch.arange(n_tokens) if position is None else counted[position][None]
 
 
 def _as_rows(values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from exactivations.datamodules.embedded import DEMO_MODEL
@@ -132,11 +133,36 @@ def test_variables_of_a_chat_template_are_given_as_json_and_through_a_configurat
     main(["verify", str(tmp_path / "run")])
 
 
+def test_a_position_may_be_counted_from_the_end(texts, tmp_path):
+    extract(texts, tmp_path / "run", "--layers", "0", "--pooling", "tokens", "position:-2", "last", "position:0")
+    store = ActivationStore(tmp_path / "run")
+    for sample in store:
+        counted = sample.activations["resid_post.0/tokens"][sample.token_mask]
+        assert torch.equal(sample.activations["resid_post.0/position:-2"], counted[-2])
+        assert torch.equal(sample.activations["resid_post.0/position:0"], counted[0])
+
+
 def test_a_second_call_computes_nothing(texts, tmp_path, capsys):
     extract(texts, tmp_path / "run", "--layers", "0")
     capsys.readouterr()
     extract(texts, tmp_path / "run", "--layers", "0")
     assert "wrote 0 shards (1 were there already)" in capsys.readouterr().out
+
+
+def test_hook_points_tells_widths_of_inputs_and_where_states_are_normed_before_they_are_added(tmp_path, capsys):
+    main(["hook-points", "demo"])
+    told = capsys.readouterr().out
+    assert "attn_z.3         [B, L, 160]    input of layers.3.attention.dense (Linear)" in told
+    assert "mlp_act.3        [B, L, 640]    input of layers.3.mlp.dense_4h_to_h (Linear)" in told
+    assert "note:" not in told
+    import transformers
+
+    transformers.Gemma2Config(
+        vocab_size=9, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+        intermediate_size=12,
+    ).save_pretrained(tmp_path)  # fmt: skip
+    main(["hook-points", str(tmp_path)])
+    assert "note: attn_out, mlp_out: are read before the norms that Gemma2DecoderLayer puts on them" in capsys.readouterr().out
 
 
 def test_hook_points_lists_shapes_places_and_what_is_missing(tmp_path, capsys):
@@ -161,6 +187,10 @@ def test_hook_points_lists_shapes_places_and_what_is_missing(tmp_path, capsys):
         (["--hooks", "nonsense"], "'nonsense' is not one of embed"),
         (["--layers", "1", "--hooks", "embed"], "--layers applies to resid_post"),
         (["--layers", "1", "--pooling", "median"], "'median' is not one of tokens"),
+        (
+            ["--layers", "1", "--pooling", "mean", "position:-99"],
+            "tokens that count, the pooling position:-99 needs 99 (12 of 12 are",
+        ),
         (["--layers", "1", "--keep", "body", "colour"], "no column 'colour' to keep"),
         (["--layers", "1", "--num-samples", "13"], "13 samples were asked for, the dataset has 12"),
         (["--layers", "1", "--template", "no place"], "must hold {text} exactly once"),

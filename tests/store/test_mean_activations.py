@@ -227,6 +227,16 @@ def test_weights_by_position_are_those_of_the_definition(n, pooling):
     assert abs(found.sum() - 1) < 1e-12
 
 
+@given(n=st.integers(1, 30), data=st.data())
+def test_the_weights_of_a_position_are_those_of_the_definition(n, data):
+    pooling = f"position:{data.draw(st.integers(-n, n - 1))}"
+    expected = pool_by_definition(torch.eye(n), torch.ones(n, dtype=torch.bool), pooling)[0].flip(0).numpy()
+    np.testing.assert_array_equal(position_weights(pooling, n), expected)
+    for beyond in (n, -n - 1):
+        with pytest.raises(InvalidInputError, match=f"has {n} tokens that count, the pooling position:{beyond} needs {n + 1} "):
+            position_weights(f"position:{beyond}", n)
+
+
 @pytest.mark.parametrize("pooling", ["max", "tokens"])
 def test_a_pooling_that_is_no_weighted_sum_has_no_weights(pooling):
     with pytest.raises(InvalidInputError, match=f"pooling {pooling} is not a weighted sum of tokens"):

@@ -41,7 +41,7 @@ def model_of(family):
 @pytest.mark.parametrize("family", list(ODD))
 def test_states_are_the_models_own_hidden_states(family):
     model = model_of(family)
-    names = [name for name in dissect(model).names() if not name.startswith(("attn_out", "mlp_out"))]
+    names = [name for name in dissect(model).names() if name.startswith(("embed", "resid_post", "final_norm"))]
     got = ActivationExtractor(model, names, ["tokens"])(TokenBatch.of(IDS, token_mask="all")).activations
     with torch.no_grad():
         states = model(IDS, output_hidden_states=True).hidden_states
@@ -76,13 +76,28 @@ def test_what_attention_and_mlp_put_out_does_not_hold_the_residual(family, kind)
     assert got.abs().max() == 0
 
 
+@pytest.mark.parametrize("family", list(ODD))
+@pytest.mark.parametrize(("kind", "width"), [("attn_z", 32), ("mlp_act", None)])
+def test_the_ends_of_attention_and_mlp_are_all_that_they_are_made_of(family, kind, width):
+    """What the last map receives, put through it by hand, is what attention and MLP put out, in models that have these alone."""
+    model = model_of(family)
+    names = [f"{kind}.1", {"attn_z": "attn_out.1", "mlp_act": "mlp_out.1"}[kind]]
+    if not set(names) <= set(dissect(model).names()):
+        pytest.skip("the model has not both")
+    end = model.get_submodule(resolve_hook_points(model, names[:1])[0].path)
+    got = ActivationExtractor(model, names, ["tokens"])(TokenBatch.of(IDS, token_mask="all")).activations
+    with torch.no_grad():
+        torch.testing.assert_close(end(got[f"{names[0]}/tokens"]), got[f"{names[1]}/tokens"])
+    assert width is None or got[f"{names[0]}/tokens"].shape[1] == width
+
+
 def test_layers_of_different_kinds_are_told_apart():
     config = t.JambaConfig(
         **SMALL, num_key_value_heads=2, attn_layer_period=2, attn_layer_offset=1, num_experts=2, expert_layer_period=2,
         use_mamba_kernels=False, mamba_d_state=4, mamba_dt_rank=4,
     )  # fmt: skip
     model = t.AutoModel.from_config(config).train(False)
-    assert [name for name in dissect(model).names() if name.startswith("attn")] == ["attn_out.1"]
+    assert [name for name in dissect(model).names() if name.startswith("attn")] == ["attn_z.1", "attn_out.1"]
     ActivationExtractor(model, ["attn_out.1"], ["mean"])(TokenBatch.of(IDS, token_mask="all"))
     with pytest.raises(InvalidInputError, match=r"no attention module in JambaMambaDecoderLayer \(layers 0, 2\)"):
         ActivationExtractor(model, ["attn_out.0"], ["mean"]).load()

@@ -8,7 +8,8 @@ import transformers
 from exactivations.datamodules import PlanOptions, TextDataModule, TextOptions, plan
 from exactivations.lit_modules import ActivationExtractor, ModelOptions
 from exactivations.lit_modules.extraction.extractor import refuse_short_cuts
-from exactivations.lit_modules.models.hook_points import dissect
+from exactivations.lit_modules.extraction.live_activations import live_batches
+from exactivations.lit_modules.models.hook_points import dissect, resolve_hook_points, width_of
 from exactivations.store import ActivationBatch, TokenBatch
 from exactivations.store.batches import Place
 from exactivations.store.errors import InvalidInputError
@@ -16,7 +17,7 @@ from tests.lit_modules.tiny_models import CAUSAL, CONFIGS, in_dtype, tiny_model
 
 # Float32 sums of some hundred terms in another order: 1e-5 relative to the size of the vector is what rounding may do.
 TOLERANCE = 1e-5
-POOLINGS = ["tokens", "last", "first", "mean", "max", "exp_decay:0.3"]
+POOLINGS = ["tokens", "last", "first", "mean", "max", "exp_decay:0.3", "position:0", "position:-1"]
 LENGTHS = [7, 3, 3, 12, 1, 7, 7, 2, 30, 12, 5, 3]
 
 
@@ -67,10 +68,20 @@ def oracle_states(model, ids, names):
         "bert": ("encoder.layer.{}", "encoder.layer.{}.attention.output.dense", "encoder.layer.{}.output.dense", None),
         "roberta": ("encoder.layer.{}", "encoder.layer.{}.attention.output.dense", "encoder.layer.{}.output.dense", None),
     }[model.config.model_type]
-    seen = {}
+    ends = {
+        "gpt2": ("h.{}.attn.c_proj", "h.{}.mlp.c_proj"),
+        "gpt_neox": ("layers.{}.attention.dense", "layers.{}.mlp.dense_4h_to_h"),
+        "mixtral": ("layers.{}.self_attn.o_proj", None),  # experts have no one last map
+        "mamba": (None, None),
+        "bert": ("encoder.layer.{}.attention.output.dense", "encoder.layer.{}.output.dense"),
+        "roberta": ("encoder.layer.{}.attention.output.dense", "encoder.layer.{}.output.dense"),
+    }.get(model.config.model_type, ("layers.{}.self_attn.o_proj", "layers.{}.mlp.down_proj"))
+    seen, received = {}, {}
 
     def keep(path):
         def hook(module, args, output):
+            if args and isinstance(args[0], torch.Tensor):
+                received[path] = args[0].clone()
             first = output[0] if isinstance(output, tuple) else output
             seen[path] = first.clone() if isinstance(first, torch.Tensor) else None
 
@@ -92,6 +103,9 @@ def oracle_states(model, ids, names):
         if attention:
             states[f"attn_out.{layer}"] = seen[attention.format(layer)][0]
             states[f"mlp_out.{layer}"] = seen[mlp.format(layer)][0]
+        for kind, path in zip(("attn_z", "mlp_act"), ends, strict=True):
+            if path:
+                states[f"{kind}.{layer}"] = received[path.format(layer)][0]
     if norm:
         states["final_norm"] = outputs.hidden_states[-1][0]
     assert set(names) == set(states)
@@ -107,6 +121,8 @@ def pool_by_hand(states, mask, pooling):
     if pooling.startswith("exp_decay"):
         weights = [2.0 ** (-(n - 1 - i) / (0.3 * n)) for i in range(n)]
         return sum(w * row for w, row in zip(weights, counted, strict=True)) / sum(weights)
+    if pooling.startswith("position"):
+        return counted[int(pooling.partition(":")[2])]
     return {"last": counted[-1], "first": counted[0], "mean": counted.mean(0), "max": counted.max(0).values}[pooling]
 
 
@@ -119,7 +135,13 @@ def test_every_hook_point_and_pooling_equals_the_model_on_each_sample_alone(fami
     names = dissect(model).names()
     extractor = ActivationExtractor(model, names, POOLINGS)
     options = PlanOptions(token_budget=24, padding=padding, max_padded_share=0.5)
-    assert {spec.width for spec in extractor.specs().values()} == {model.config.hidden_size}
+    assert {name: spec.width for name, spec in extractor.specs().items()} == {
+        f"{point.name}/{pooling}": width_of(model, point) for point in resolve_hook_points(model, names) for pooling in POOLINGS
+    }
+    widths = {"mlp_act": 128 if family == "gpt2" else 48}
+    assert all(
+        width_of(model, point) == widths.get(point.name.partition(".")[0], 32) for point in resolve_hook_points(model, names)
+    )
     batches = [extractor(batch) for batch in planned_batches(ids, masks, options)]
 
     assert sorted(i for batch in batches for i in batch.sample_index.tolist()) == list(range(len(ids)))
@@ -138,6 +160,38 @@ def test_every_hook_point_and_pooling_equals_the_model_on_each_sample_alone(fami
                     expected = pool_by_hand(states, masks[sample], pooling)
                     assert got.shape == expected.shape
                     assert relative_error(got, expected) < TOLERANCE, (family, name, pooling, sample)
+
+
+def test_positions_within_equal_the_model_on_each_sample_alone(family, samples):
+    """Of samples of different lengths and masks, so that a position is another place in each."""
+    ids, masks = (
+        [values for values, mask in zip(of, samples[1], strict=True) if mask.sum() >= 3] for of in (samples[0], samples[1])
+    )
+    model, poolings = tiny_model(family), ["position:2", "position:-3", "position:-2"]
+    names = dissect(model).names()
+    extractor = ActivationExtractor(model, names, poolings)
+    places = []
+    for batch in planned_batches(ids, masks, PlanOptions(token_budget=24)):
+        got = extractor(batch).activations
+        for row, sample in enumerate(batch.sample_index.tolist()):
+            places.append(masks[sample].nonzero()[-2].item() - len(ids[sample]))
+            for name, states in oracle_states(model, ids[sample], names).items():
+                for pooling in poolings:
+                    expected = pool_by_hand(states, masks[sample], pooling)
+                    assert relative_error(got[f"{name}/{pooling}"][row], expected) < TOLERANCE, (family, name, pooling, sample)
+    assert len(places) == len(ids) > 3 and len(set(places)) > 1
+
+
+def test_a_batch_with_too_few_tokens_is_refused_before_the_model_runs(samples):
+    model = tiny_model("llama")
+    extractor = ActivationExtractor(model, ["resid_post.0"], ["mean", "position:1", "position:-5"])
+    extractor.load()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, :2] = False
+    batch = TokenBatch(torch.tensor([40, 41]), torch.full((2, 6), 7), torch.tensor([6, 6]), mask)
+    with pytest.raises(InvalidInputError, match=r"sample 41 has 4 tokens that count, the pooling position:-5 needs 5 \(1 of 2"):
+        extractor(batch)
 
 
 def test_a_model_loaded_by_path_and_cut_gives_what_the_whole_model_gives(family, samples, tmp_path):
@@ -233,6 +287,72 @@ def test_any_module_can_be_read_by_its_path(samples):
     assert got.activations["module:layers.1.mlp.up_proj/tokens"].shape == (LENGTHS[0], 48)
 
 
+@pytest.mark.parametrize(
+    ("path", "width"),
+    [("layers.1.mlp.down_proj", 48), ("layers.1.self_attn", 32), ("layers.2", 32), ("norm", 32), ("layers.1", 32)],
+)
+def test_what_any_module_receives_can_be_read_by_its_path(samples, path, width):
+    """By position or by name: the attention of Llama is called with hidden_states=…"""
+    model, ids = tiny_model("llama"), samples[0][0]
+    got = ActivationExtractor(model, [f"input:{path}"], ["tokens"])(TokenBatch.of(ids[None], token_mask="all")).activations[
+        f"input:{path}/tokens"
+    ]
+    by_hand = {
+        "layers.1.self_attn": lambda states: model.layers[1].input_layernorm(states["resid_post.0"]),
+        "layers.2": lambda states: states["resid_post.1"],
+        "layers.1": lambda states: states["resid_post.0"],
+        "norm": lambda states: states["resid_post.2"],
+        "layers.1.mlp.down_proj": lambda states: states["mlp_act.1"],
+    }[path]
+    with torch.no_grad():
+        expected = by_hand(oracle_states(model, ids, dissect(model).names()))
+    assert got.shape == (len(ids), width)
+    assert relative_error(got, expected) < TOLERANCE
+
+
+def test_inputs_are_read_of_a_cut_model_and_said_to_be_inputs(samples, tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path)
+    names = ["attn_z.1", "mlp_act.0", "input:layers.1.mlp"]
+    extractor = ActivationExtractor(str(tmp_path), names, ["tokens"])
+    got = extractor(TokenBatch.of(samples[0][0][None], token_mask="all")).activations
+    assert len(extractor.load().model.layers) == 2
+    assert extractor.identity()["hook_paths"] == [
+        "input of layers.1.self_attn.o_proj", "input of layers.0.mlp.down_proj", "input of layers.1.mlp"
+    ]  # fmt: skip
+    whole = tiny_model("llama")
+    expected = oracle_states(whole, samples[0][0], dissect(whole).names())
+    for name in names[:2]:
+        assert relative_error(got[f"{name}/tokens"], expected[name]) < TOLERANCE
+
+
+def test_what_comes_after_an_input_is_not_computed(samples):
+    model = tiny_model("llama")
+    extractor = ActivationExtractor(model, ["attn_z.1"], ["mean"])
+    extractor.load()
+    model.layers[1].mlp.register_forward_pre_hook(lambda *_: pytest.fail("the MLP ran"))
+    model.layers[1].self_attn.o_proj.register_forward_hook(lambda *_: pytest.fail("the projection ran"))
+    extractor(TokenBatch.of(samples[0][0][None], token_mask="all"))
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "mamba"])
+def test_it_is_said_where_a_block_does_more_than_add_what_attention_and_mlp_put_out(name, samples):
+    model = tiny_model(name)
+    states = oracle_states(model, samples[0][0], dissect(model).names())
+    total = states["resid_post.0"] + states["attn_out.1"] + states["mlp_out.1"]
+    adds = relative_error(total, states["resid_post.1"]) < TOLERANCE
+    remarks = dissect(model).remarks
+    assert adds == (not remarks) == (name not in ("gemma2", "bert", "roberta"))
+    assert all("is not resid_post" in remark for remark in remarks)
+
+
+def test_the_norms_of_gemma2_give_what_is_added(samples):
+    model = tiny_model("gemma2")
+    points = ["resid_post.0", "resid_post.1", *(f"module:layers.1.post_{part}_layernorm" for part in ("attention", "feedforward"))]
+    got = ActivationExtractor(model, points, ["tokens"])(TokenBatch.of(samples[0][0][None], token_mask="all")).activations
+    before, after, *added = (got[f"{point}/tokens"] for point in points)
+    assert relative_error(before + sum(added), after) < TOLERANCE
+
+
 def test_activations_are_in_the_models_dtype_or_the_one_asked_for(samples):
     batch = TokenBatch.of(samples[0][0][None], token_mask="all")
     model = in_dtype(tiny_model("llama"), torch.bfloat16)
@@ -275,6 +395,12 @@ def test_identity_changes_with_weights_and_not_with_the_path(tmp_path):
         ("llama", "embed.1", "not one of embed"),
         ("llama", "module:layers.9", "no module 'layers.9'"),
         ("llama", "module:", "no module"),
+        ("llama", "input:layers.9", "no module 'layers.9'"),
+        ("llama", "input:", "no module"),
+        ("llama", "attn_z", "not one of embed"),
+        ("mixtral", "mlp_act.1", "no single last linear map of an MLP in MixtralDecoderLayer, .*; use input:<path>"),
+        ("mamba", "attn_z.1", "no single output projection of an attention in MambaBlock"),
+        ("llama", "input:embed_tokens", r"has shape \[1, 4\] for a batch"),
         ("bert", "final_norm", "no single norm stands beside the blocks"),
         ("mamba", "attn_out.1", "no attention module in MambaBlock"),
         ("mamba", "mlp_out.1", "no MLP module in MambaBlock"),
@@ -298,7 +424,9 @@ def test_a_model_with_two_stacks_is_refused_with_their_names():
         ActivationExtractor(model, ["resid_post.0"], ["mean"]).load()
 
 
-@pytest.mark.parametrize("pooling", ["mena", "exp_decay", "exp_decay:0", "exp_decay:-1", "exp_decay:x", "exp_decay:1.2.3", ""])
+@pytest.mark.parametrize(
+    "pooling", ["mena", "exp_decay", "exp_decay:0", "exp_decay:-1", "exp_decay:x", "exp_decay:1.2.3", "position:x", ""]
+)
 def test_poolings_that_do_not_exist_are_refused(pooling):
     with pytest.raises(InvalidInputError, match="is not one of tokens, last, first, mean, max, exp_decay"):
         ActivationExtractor(tiny_model("llama"), ["resid_post.0"], [pooling])
@@ -364,6 +492,33 @@ def test_samples_longer_than_the_positions_are_refused_unless_cut(cache):
             extractor.check_fits(data)
         extractor.check_fits(TextDataModule(["w7 " * 70], word_tokenizer(), text=TextOptions(max_length=positions)))
     ActivationExtractor(tiny_model("mamba"), ["embed"], ["mean"]).check_fits(data)  # no limit
+
+
+def test_samples_with_fewer_tokens_than_a_position_are_refused_before_anything_is_computed(cache):
+    texts = ["w7 " * 5, "w0 w7", "w7 w8 w9", "w1 w2"]
+    data = TextDataModule(texts, word_tokenizer())
+    extractor = ActivationExtractor(tiny_model("llama"), ["embed"], ["mean", "position:2", "last"])
+    for refused in (lambda: extractor.check_fits(data), lambda: next(live_batches(extractor, data))):
+        with pytest.raises(InvalidInputError, match=r"sample 1 has 2 tokens that count, the pooling position:2 needs 3 \(2 of 4"):
+            refused()
+    assert data.tokens.n_counted.tolist() == [5, 2, 3, 2]
+    ActivationExtractor(tiny_model("llama"), ["embed"], ["position:1", "position:-2"]).check_fits(data)
+    ActivationExtractor(tiny_model("llama"), ["embed"], ["position:2"]).check_fits(TextDataModule(texts[::2], word_tokenizer()))
+
+
+def test_special_tokens_are_among_the_positions_if_the_mask_counts_them(cache):
+    tokenizer = word_tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "w1"})
+    texts = ["w7 w8 w1 w1", "w9 w1"]
+    extractor = ActivationExtractor(tiny_model("llama"), ["embed"], ["position:-2"])
+    with pytest.raises(InvalidInputError, match=r"sample 1 has 1 tokens that count, .* \(--token-mask all\)"):
+        extractor.check_fits(TextDataModule(texts, tokenizer))
+    data = TextDataModule(texts, tokenizer, text=TextOptions(token_mask="all"))
+    assert data.tokens.n_counted.tolist() == [4, 2]
+    rows = {int(i): row for batch in live_batches(extractor, data)
+            for i, row in zip(batch.sample_index, batch.activations["embed/position:-2"], strict=True)}  # fmt: skip
+    table = extractor.load().model.embed_tokens.weight
+    assert torch.equal(rows[0], table[1]) and torch.equal(rows[1], table[9]), "the last but one of all tokens"
 
 
 def test_roberta_takes_as_many_tokens_as_it_is_said_to():

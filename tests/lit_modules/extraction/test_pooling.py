@@ -9,7 +9,8 @@ from hypothesis.extra import numpy as hnp
 from jaxtyping import TypeCheckError
 
 from exactivations.lit_modules.extraction.pooling import pool
-from exactivations.store.pooling_names import half_life_of
+from exactivations.store.errors import InvalidInputError
+from exactivations.store.pooling_names import half_life_of, position_of, tokens_needed
 
 
 @st.composite
@@ -43,7 +44,7 @@ def test_pooling_equals_its_definition_over_the_marked_tokens(name, data):
         np.testing.assert_allclose(got[row].double().numpy(), expected, rtol=1e-5, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["last", "first", "mean", "max", "exp_decay:0.1"])
+@pytest.mark.parametrize("name", ["last", "first", "mean", "max", "exp_decay:0.1", "position:-1"])
 def test_a_row_does_not_depend_on_the_rows_beside_it_or_on_what_is_not_marked(name):
     torch.manual_seed(0)
     states, mask = torch.randn(3, 6, 4), torch.rand(3, 6) < 0.5
@@ -52,6 +53,36 @@ def test_a_row_does_not_depend_on_the_rows_beside_it_or_on_what_is_not_marked(na
     torch.testing.assert_close(pool(states, mask, name), alone)
     changed = torch.where(mask[:, :, None], states, 1e4)
     torch.testing.assert_close(pool(changed, mask, name), alone)
+
+
+@given(data=states_and_masks(), draw=st.data())
+def test_a_position_is_that_of_the_marked_tokens_alone_from_either_end(data, draw):
+    states, mask = data
+    fewest = int(mask.sum(1).min())
+    k = draw.draw(st.integers(-fewest, fewest - 1))
+    got = pool(states, mask, f"position:{k}")
+    for row in range(len(states)):
+        np.testing.assert_array_equal(got[row].double().numpy(), states[row][mask[row]].double().numpy()[k])
+    assert tokens_needed(f"position:{k}") <= fewest
+    for short in (fewest, -fewest - 1):
+        with pytest.raises(InvalidInputError, match=f"row .* has {fewest} tokens that count, the pooling position:{short} needs"):
+            pool(states, mask, f"position:{short}")
+
+
+@pytest.mark.parametrize(("position", "same"), [("position:0", "first"), ("position:-1", "last")])
+@given(data=states_and_masks())
+def test_first_and_last_are_positions(position, same, data):
+    assert torch.equal(pool(*data, position), pool(*data, same))
+    assert position_of(position) == position_of(same)
+
+
+@pytest.mark.parametrize(
+    "name", ["position", "position:", "position:-0", "position:01", "position:+1", "position:1.5", "position:x"]
+)
+def test_a_position_has_one_spelling(name):
+    assert position_of(name) is None
+    with pytest.raises(InvalidInputError, match=r"is not one of .*position:<k> .*as in position:-2"):
+        pool(torch.zeros(1, 2, 3), torch.ones(1, 2, dtype=torch.bool), name)
 
 
 def test_half_precision_is_pooled_in_float32():

@@ -146,6 +146,22 @@ def test_other_modules_can_be_computed_alone_by_their_path(family):
     assert torch.equal(truth_of(model, [f"module:{path}"]).states(IDS)[f"module:{path}"], seen[0])
 
 
+def test_inputs_are_what_a_module_computes_with_and_the_model_is_left_as_it_was():
+    model = tiny_model("llama")
+    names = ["attn_z.1", "mlp_act.1", "input:layers.1.self_attn"]
+    alone = truth_of(model, names).states(IDS)
+    assert not any("forward" in vars(module) for module in model.modules())
+    with torch.no_grad():
+        for name, path in {"attn_z.1": "self_attn", "mlp_act.1": "mlp"}.items():
+            out = truth_of(model, [f"module:layers.1.{path}"]).states(IDS)[f"module:layers.1.{path}"]
+            end = {"self_attn": model.layers[1].self_attn.o_proj, "mlp": model.layers[1].mlp.down_proj}[path]
+            torch.testing.assert_close(end(alone[name]), out)
+    handle = model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    changed = truth_of(model, ["mlp_act.1"]).states(IDS)["mlp_act.1"]
+    handle.remove()
+    assert torch.equal(changed, 2 * alone["mlp_act.1"])
+
+
 @given(
     states=hnp.arrays(np.float32, st.tuples(st.integers(1, 9), st.integers(1, 5)), elements=st.floats(-1e3, 1e3, width=32)),
     data=st.data(),
@@ -159,6 +175,15 @@ def test_poolings_follow_their_definitions(states, data):
         found = pool_by_definition(given_states, given_mask, pooling)
         assert found.dtype == torch.float64 and found.shape == (1, states.shape[1])
         np.testing.assert_allclose(found[0].numpy(), by_definition(states[mask], pooling), rtol=1e-9, atol=1e-9)
+
+
+@given(mask=st.lists(st.booleans(), min_size=1, max_size=9), k=st.integers(-10, 10))
+def test_a_position_is_that_of_the_tokens_that_count_or_there_is_no_row(mask, k):
+    states = torch.arange(len(mask), dtype=torch.float32)[:, None]
+    counted = [float(i) for i, marked in enumerate(mask) if marked]
+    found = pool_by_definition(states, torch.tensor(mask), f"position:{k}")
+    assert found[:, 0].tolist() == ([counted[k]] if -len(counted) <= k < len(counted) else [])
+    assert found.shape[1:] == (1,) and found.dtype == torch.float64
 
 
 def test_the_definition_of_exp_decay_is_told_by_an_example():

@@ -99,6 +99,10 @@ def test_a_mask_is_never_made_up(run, tmp_path):
     empty = store_of(tmp_path / "empty", LENGTHS[:9], own=lambda i, n: [i != 4] * n)
     with pytest.raises(InvalidInputError, match=f"sample 4: its mask marks none of its {LENGTHS[4]} tokens"):
         MaskedRows(ActivationStore(empty), ["mean"]).rows("resid_post.1/mean", np.arange(9))
+    with pytest.raises(InvalidInputError, match=r"sample 3 has 1 tokens that count, the pooling position:-2 needs 2 \(1 of 9"):
+        MaskedRows(
+            ActivationStore(store_of(tmp_path / "short", [5] * 9, own=lambda i, n: [i != 3] * (n - 1) + [True])), ["position:-2"]
+        )
     few = store_of(tmp_path / "few", LENGTHS[:-1])
     import_masks(str(foreign(tmp_path / "fewer", LENGTHS[:-1], [100, 106])), store=str(few), out=str(tmp_path / "few.parquet"))
     with pytest.raises(StoreError, match="it was written for another store"):

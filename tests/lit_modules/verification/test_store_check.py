@@ -11,6 +11,7 @@ import torch
 
 from exactivations.datamodules import PlanOptions, TextDataModule, TextOptions
 from exactivations.lit_modules import ActivationExtractor, ModelOptions, verify_store
+from exactivations.lit_modules.extraction.pooling import Pooling
 from exactivations.lit_modules.extraction.run_description import Elsewhere, data_of, extractor_of, run_info
 from exactivations.lit_modules.verification.sample_check import SampleCheck, SampleResult
 from exactivations.store import ActivationStore
@@ -83,6 +84,28 @@ def test_a_run_with_a_head_is_verified_with_it(tmp_path):
     names = [f"{point}/{pooling}" for point in ("final_norm", "resid_post.2") for pooling in ("last", "tokens")]
     assert [head.name for head in verification.next_tokens] == names
     assert all(head.top1_agreement == 1 and head.largest_difference < 1e-5 for head in verification.next_tokens)
+
+
+def test_positions_are_verified_with_the_head_too(tmp_path):
+    from .test_next_tokens import whole_of
+
+    poolings = ["position:-2", "position:1", "mean"]
+    extractor = ActivationExtractor(whole_of("llama"), ["final_norm", "resid_post.2"], poolings)
+    check = zoo.run(tmp_path / "run", extractor, zoo.data_of(zoo.texts()))
+    assert check.verification.passed and check.verification.next_tokens_note is None
+    assert {head.name for head in check.verification.next_tokens} == {
+        f"{point}/{pooling}" for point in ("final_norm", "resid_post.2") for pooling in poolings[:2]
+    }
+    assert all(head.top1_agreement == 1 for head in check.verification.next_tokens)
+
+
+def test_a_position_counted_over_all_tokens_is_not_that_of_the_tokens_that_count(tmp_path, monkeypatch):
+    """What is planted: special tokens are counted too. Each text has one before it, so that token 1 is the text's first."""
+    real = Pooling.__init__
+    monkeypatch.setattr(Pooling, "__init__", lambda self, name, mask, n, device: real(self, name, mask | True, n, device))
+    extractor = ActivationExtractor(zoo.model_of("llama", "float32"), ["resid_post.1"], ["position:1"])
+    with pytest.raises(VerificationError, match=r"resid_post\.1/position:1 .*it looks like token 1 of \d+ of the same sample"):
+        zoo.run(tmp_path / "run", extractor, zoo.data_of(zoo.texts()))
 
 
 def test_a_flipped_bit_condemns_the_store_until_it_is_mended(folder):
