@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from exactivations.lit_modules.models.hook_points import editing, resolve_hook_points
+from exactivations.lit_modules.models.hook_points import HookPoint, editing, resolve_hook_points, width_of
 from exactivations.lit_modules.models.language_model import body_of
 from exactivations.lit_modules.steering.edits import Edit
 from exactivations.lit_modules.steering.steered_positions import ForwardPass
 from exactivations.store.errors import InvalidInputError
-
-OF_OTHER_WIDTHS = ("module:", "input:", "attn_z.", "mlp_act.")  # hook points; a wrong width shows in the first forward pass
 
 
 @contextmanager
@@ -54,8 +52,9 @@ def steering(model: PreTrainedModel, edits: Sequence[Edit]) -> Iterator[None]:
     points = resolve_hook_points(body, list(dict.fromkeys(edit.hook_point for edit in edits)))
     dtype = torch.promote_types(body.dtype, torch.float32)
     prepared = [_Prepared(edit, edit.constant(dtype)) for edit in edits]
+    by_name = {point.name: point for point in points}
     for each in prepared:
-        _check_fits(body, each)
+        _check_fits(body, by_name[each.edit.hook_point], each)
     watch = _Watch(prepared)
     with _watching({id(m): m for m in (model, body)}.values(), watch), editing(body, points, watch.edit):
         yield
@@ -136,11 +135,11 @@ def _watching(modules: Any, watch: _Watch) -> Iterator[None]:
             handle.remove()
 
 
-def _check_fits(body: PreTrainedModel, prepared: _Prepared) -> None:
+def _check_fits(body: PreTrainedModel, point: HookPoint, prepared: _Prepared) -> None:
     edit = prepared.edit
     title = f"{type(edit).__name__} at {edit.hook_point}"
-    width = getattr(body.config.get_text_config(), "hidden_size", None)
-    if width is not None and edit.width != width and not edit.hook_point.startswith(OF_OTHER_WIDTHS):
+    width = width_of(body, point)
+    if width is not None and edit.width != width:
         raise InvalidInputError(
             f"{title} is {edit.width} wide, the states of {type(body).__name__} are {width}: another model's vector, or several "
             "poolings concatenated"
