@@ -262,7 +262,10 @@ def test_labels_and_groups_that_cannot_be_split_are_refused_by_name(tmp_path):
         "".join(json.dumps({"sample_index": i, "token_hash": f"other{i}", "y": i % 2}) + "\n" for i in range(100, 130))
     )
     refused(
-        setup("y", label_file=foreign), "other.jsonl", "sample 100 has token_hash other100 there, hash100 in the store", "30 of 30"
+        setup("y", label_file=foreign),
+        "other.jsonl",
+        "sample 100 has token_hash other100 there, 00000000000000000000000000000064 in the store",
+        "30 of 30",
     )
 
 

@@ -19,7 +19,7 @@ def test_the_demo_model(capsys):
     out = capsys.readouterr().out
     lines = out.splitlines()
     assert lines[0] == "demo: GPTNeoXModel, float32, attention sdpa, on cpu"
-    assert lines[1] == "48 samples of 1 to 12 random tokens, read at 14 hook points"
+    assert lines[1] == "48 samples of 1 to 12 random tokens, read at 22 hook points"
     rows = {line[2:41].strip(): line[42:56].strip() for line in lines[3:15]}
     assert rows["right padding, position [-1] read"] == rows["left padding, no mask"] == "WRONG"
     assert {verdict for name, verdict in rows.items() if name.startswith("exact")} <= {"SAFE", "ROUNDING ONLY"}

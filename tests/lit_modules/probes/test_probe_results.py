@@ -251,7 +251,7 @@ def test_each_warning_comes_alone_where_its_reason_is_given(tmp_path, large):
 
 
 def test_samples_of_other_parts_with_the_tokens_of_a_training_sample_are_counted(tmp_path, large):
-    hashes = [f"hash{place % 1000}" for place in range(N)]
+    hashes = [f"{place % 1000:032x}" for place in range(N)]
     found, data = warnings_of(tmp_path / "run", large, token_hash=hashes)
     train = {hashes[place] for place in data.numbers("train")}
     n = sum(hashes[place] in train for part in ("validation", "test") for place in data.numbers(part))
