@@ -529,5 +529,8 @@ def test_a_point_that_is_not_run_once_in_a_pass_is_refused(ids):
             model(ids)
     with steering(model, [Add("resid_post.0", V)]), pytest.raises(InvalidInputError, match="reached twice"):
         model(ids)
-    with steering(model, [Add("module:h.0.mlp.c_fc", torch.ones(8))]), pytest.raises(InvalidInputError, match="expected floating"):
+    with steering(model, [Add("module:h.0.mlp", torch.ones(8))]), pytest.raises(InvalidInputError, match="expected floating"):
         model(ids)
+    wide = pytest.raises(InvalidInputError, match="8 wide, the states of GPT2Model are 128")
+    with wide, steering(model, [Add("module:h.0.mlp.c_fc", torch.ones(8))]):
+        pass
